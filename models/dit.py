@@ -1,0 +1,218 @@
+"""The network: one diffusion transformer for teacher and student.
+
+The layout follows DiT (Peebles & Xie, arXiv 2212.09748: adaLN-Zero blocks), with RMSNorm, normalised queries and keys,
+axial rotary embedding beside a learned position table, and an adaLN of low rank (see `Modulation`).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from timm.layers import PatchEmbed
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.embeddings import TimeEmbedding, rotary_table, rotate
+
+
+@dataclass(frozen=True)
+class Preset:
+    depth: int
+    width: int
+    num_heads: int
+
+
+# S to XL are DiT's sizes; Ti and Nano are ours, for MNIST and for a CPU.
+PRESETS = {
+    f"DiT-{size}/{patch_size}": (preset, patch_size)
+    for size, preset in {
+        "Nano": Preset(depth=4, width=128, num_heads=4),
+        "Ti": Preset(depth=8, width=192, num_heads=3),
+        "S": Preset(depth=12, width=384, num_heads=6),
+        "B": Preset(depth=12, width=768, num_heads=12),
+        "L": Preset(depth=24, width=1024, num_heads=16),
+        "XL": Preset(depth=28, width=1152, num_heads=16),
+    }.items()
+    for patch_size in (2, 4, 8)
+}
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """RMSNorm over the last dimension, without gain: adaLN supplies the scale. Computed in float32, same dtype out."""
+    x32 = x.float()
+    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x: (B, T, D); shift and scale: (B, D)."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class Modulation(nn.Module):
+    """adaLN: shifts, scales and gates from the condition, through a bottleneck of `rank` channels.
+
+    DiT's full matrix (width x 6 width in each block) holds a third of all parameters; with rank = width / 8 it is a
+    twelfth. `benchmarks/README.md` has the comparison.
+    """
+
+    def __init__(self, width: int, num_outputs: int, rank: int):
+        super().__init__()
+        self.num_outputs = num_outputs
+        self.down = nn.Linear(width, rank, bias=False)
+        self.up = nn.Linear(rank, num_outputs * width)
+
+    def forward(self, c: Tensor) -> tuple[Tensor, ...]:
+        """c: (B, D). Returns num_outputs tensors (B, D)."""
+        return self.up(self.down(c)).chunk(self.num_outputs, dim=1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all patches; queries and keys are RMS-normalised, then rotated."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x: (B, T, D); cos, sin: (T, hd/2). Returns (B, T, D)."""
+        q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.num_heads)
+        q, k = rotate(rms_norm(q), cos, sin), rotate(rms_norm(k), cos, sin)         # (B, heads, T, hd)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.out(rearrange(x, "b h t d -> b t (h d)"))
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, ratio: int = 4):
+        super().__init__()
+        self.hidden = nn.Linear(width, ratio * width)
+        self.out = nn.Linear(ratio * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.gelu(self.hidden(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each with adaLN-Zero: a closed gate at the start makes the block the identity."""
+
+    def __init__(self, width: int, num_heads: int, modulation_rank: int):
+        super().__init__()
+        self.attention = Attention(width, num_heads)
+        self.mlp = MLP(width)
+        self.modulation = Modulation(width, 6, modulation_rank)
+
+    def forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x: (B, T, D); c: condition (B, D). Returns (B, T, D)."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(c)
+        x = x + gate_a[:, None] * self.attention(modulate(rms_norm(x), shift_a, scale_a), cos, sin)
+        return x + gate_m[:, None] * self.mlp(modulate(rms_norm(x), shift_m, scale_m))
+
+
+class DiT(nn.Module):
+    """Average velocity u(z, r, t, y) of a student, or velocity v(z, t, y) of a teacher.
+
+    Args:
+        preset: name such as "DiT-S/2"; see `PRESETS`. The number after the slash is the patch size.
+        image_size: side of the square images, divisible by the patch size.
+        num_channels: channels of the images.
+        num_classes: number of classes; 0 for an unconditional network. Label `num_classes` (`null_class`) means "no class".
+        interval: a student's network, which sees the interval t - r. A teacher's (False) has no such input and is only
+            ever called at r = t.
+        modulation_rank: rank of adaLN; None for width / 8.
+
+    Raises:
+        ValueError: an unknown preset, a size that the patch does not divide, or a negative count.
+    """
+
+    def __init__(self, preset: str, image_size: int, num_channels: int, num_classes: int, interval: bool = False,
+                 modulation_rank: int | None = None):
+        super().__init__()
+        if preset not in PRESETS:
+            raise ValueError(f"unknown model {preset!r}; known are {', '.join(PRESETS)}")
+        size, patch_size = PRESETS[preset]
+        if image_size <= 0 or image_size % patch_size:
+            raise ValueError(f"image size {image_size} is not divisible by the patch size {patch_size} of {preset}")
+        if num_channels < 1 or num_classes < 0:
+            raise ValueError(f"num_channels must be at least 1 and num_classes at least 0, not {num_channels} and {num_classes}")
+        rank = size.width // 8 if modulation_rank is None else modulation_rank
+        self.architecture = dict(preset=preset, image_size=image_size, num_channels=num_channels, num_classes=num_classes,
+                                 interval=interval, modulation_rank=rank)
+        self.patch_size, self.grid_size = patch_size, image_size // patch_size
+        self.null_class = num_classes
+
+        self.patch_embed = PatchEmbed(image_size, patch_size, num_channels, size.width)
+        self.position = nn.Parameter(torch.empty(1, self.grid_size**2, size.width))
+        self.time_embed = TimeEmbedding(size.width)
+        self.interval_embed = TimeEmbedding(size.width) if interval else None
+        self.label_embed = nn.Embedding(num_classes + 1, size.width)
+        self.blocks = nn.ModuleList(Block(size.width, size.num_heads, rank) for _ in range(size.depth))
+        self.final_modulation = Modulation(size.width, 2, rank)
+        self.final = nn.Linear(size.width, patch_size**2 * num_channels)
+        cos, sin = rotary_table(self.grid_size, size.width // size.num_heads)
+        self.register_buffer("rotary_cos", cos, persistent=False)
+        self.register_buffer("rotary_sin", sin, persistent=False)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """All initial weights, in one place."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))        # as the linear layer that it is
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        for weight in (self.position, self.label_embed.weight):
+            nn.init.normal_(weight, std=0.02)
+        # adaLN-Zero: every block starts as the identity, and the network's output at zero.
+        for modulation in [block.modulation for block in self.blocks] + [self.final_modulation]:
+            nn.init.zeros_(modulation.up.weight)
+        nn.init.zeros_(self.final.weight)
+        # The interval starts unseen, so that a student made from a teacher is the teacher: u(z, r, t, y) = v(z, t, y).
+        if self.interval_embed is not None:
+            nn.init.zeros_(self.interval_embed.out.weight)
+
+    def forward(self, z: Tensor, r: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Average velocity over [r, t] of the trajectory that is at z at time t; z_r = z - (t - r) u.
+
+        Args:
+            z: images at time t, (B, C, H, W).
+            r, t: ends of the interval, (B,), 0 <= r <= t <= 1; 0 is data, 1 is noise.
+            y: class labels, (B,) long, 0 to num_classes; num_classes means "no class".
+
+        Returns:
+            (B, C, H, W), float32.
+        """
+        x = self.patch_embed(z)
+        x = x + self.position.to(x.dtype)                                           # (B, T, D)
+        c = self.time_embed(t) + self.label_embed(y)
+        if self.interval_embed is not None:
+            c = c + self.interval_embed(t - r)
+        c = F.silu(c)                                                               # (B, D)
+        for block in self.blocks:
+            x = block(x, c, self.rotary_cos, self.rotary_sin)
+        x = self.final(modulate(rms_norm(x), *self.final_modulation(c)))            # (B, T, p * p * C)
+        return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.grid_size, p=self.patch_size, q=self.patch_size).float()
+
+    def velocity(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Instantaneous velocity v(z, t, y), which is u(z, t, t, y) by definition. Shapes as in `forward`."""
+        return self(z, t, t, y)
+
+
+def student_from_teacher(teacher: DiT) -> DiT:
+    """A student that starts as its teacher: u(z, r, t, y) == v(z, t, y) for every r.
+
+    Raises:
+        ValueError: the teacher has an interval input, that is, it is a student already.
+        RuntimeError: any weight but the interval embedding's is missing or unexpected.
+    """
+    if teacher.interval_embed is not None:
+        raise ValueError("the teacher has an interval embedding: it is a student's network, and cannot teach velocities")
+    student = DiT(**{**teacher.architecture, "interval": True}).to(teacher.position.device)
+    result = student.load_state_dict(teacher.state_dict(), strict=False)
+    allowed = {name for name in student.state_dict() if name.startswith("interval_embed.")}
+    if set(result.missing_keys) != allowed or result.unexpected_keys:
+        raise RuntimeError(f"the teacher's weights do not fit: missing {result.missing_keys}, unexpected {result.unexpected_keys}; "
+                           f"only {sorted(allowed)} may be missing")
+    return student

@@ -1,0 +1,68 @@
+"""What a DiT is told besides the image: the time, the interval length, the class and where each patch lies."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+# Angular frequencies of the time features. Times lie in [0, 1], so the slowest feature turns by 1 rad over a trajectory
+# and the fastest completes about 20 turns. Far higher frequencies (the 1000 t of DDPM) make u(z, r, t) rough in t, and
+# interval splitting compares u at neighbouring times (cf. Lu & Song, arXiv 2410.11081, on consistency models).
+LOWEST_FREQUENCY, HIGHEST_FREQUENCY = 1.0, 128.0
+
+
+def sinusoid(t: Tensor, num_features: int) -> Tensor:
+    """Cosine and sine features of a time, in float32 whatever the autocast.
+
+    Args:
+        t: times or interval lengths in [0, 1], (B,).
+        num_features: size of the result, even.
+
+    Returns:
+        (B, num_features), values in [-1, 1].
+    """
+    exponent = torch.linspace(0, 1, num_features // 2, device=t.device, dtype=torch.float32)
+    frequency = LOWEST_FREQUENCY * (HIGHEST_FREQUENCY / LOWEST_FREQUENCY) ** exponent
+    angle = t.float()[:, None] * frequency                              # (B, F/2)
+    return torch.cat([angle.cos(), angle.sin()], dim=1)                 # (B, F)
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoid followed by a two-layer MLP; used for the time t and, in a student, for the interval t - r."""
+
+    def __init__(self, width: int, num_features: int = 256):
+        super().__init__()
+        self.num_features = num_features
+        self.hidden = nn.Linear(num_features, width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """t: (B,) in [0, 1]. Returns (B, width)."""
+        features = sinusoid(t, self.num_features).to(self.hidden.weight.dtype)
+        return self.out(nn.functional.silu(self.hidden(features)))
+
+
+def rotary_table(grid_size: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the axial 2-D rotary embedding (Su et al., arXiv 2104.09864, one half of the pairs per axis).
+
+    Args:
+        grid_size: patches along one side of the square image.
+        head_dim: channels of one attention head, divisible by 4.
+
+    Returns:
+        cos and sin, each (grid_size ** 2, head_dim / 2): row angles first, then column angles.
+    """
+    frequency = math.pi ** torch.linspace(0, 2, head_dim // 4) / grid_size          # about 1/G to pi^2/G rad per patch
+    position = torch.arange(grid_size, dtype=torch.float32)
+    angle = position[:, None] * frequency                                           # (G, hd/4)
+    rows = angle[:, None].expand(grid_size, grid_size, -1)
+    columns = angle[None].expand(grid_size, grid_size, -1)
+    angle = torch.cat([rows, columns], dim=-1).flatten(0, 1)                        # (T, hd/2)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + hd/2]) by its patch's angle. x: (B, heads, T, hd); cos, sin: (T, hd/2)."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)

@@ -1,0 +1,119 @@
+"""Images from any checkpoint, teacher or student.
+
+    python sample.py checkpoints/student-mnist.safetensors                              a grid at 1, 2 and 4 steps
+    python sample.py results/teacher-mnist --guidance-scale 2.5 --formats grid gif      the newest checkpoint of a run
+    python sample.py checkpoints/student-mnist.safetensors --num-steps 1 --num-images 50000 --formats npz
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import imageio.v3 as imageio
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+from models import DiT
+from utils import distributed
+from utils.checkpoints import load_network
+from utils.config import parse_config, require
+from utils.data import to_pixels
+from utils.guidance import guided_velocity
+from utils.pictures import save_gif, save_grid
+from utils.sampling import sample_average_velocity, sample_velocity
+from utils.seeding import generator
+
+
+@dataclass(frozen=True)
+class Config:
+    checkpoint: Annotated[str, tyro.conf.Positional]        # safetensors file, checkpoint folder, or run folder (its newest)
+    num_steps: tuple[int, ...] = ()             # sampling steps, one set of images each; empty: 1 2 4 for a student, 25 for a teacher
+    classes: tuple[str, ...] = ()               # names or numbers of classes; empty: all
+    guidance_scale: float = 1.0                 # teacher only: a student has its guidance inside
+    method: Literal["euler", "heun"] = "euler"  # teacher only: solver; heun evaluates twice a step
+    renoise: bool = False                       # student only: jump to the data and add fresh noise, instead of following the flow
+    num_images: int = 100                       # images of each set, spread evenly over the classes
+    seed: int = 0                               # of the noise; the same for every number of steps
+    formats: tuple[Literal["grid", "png", "npz", "gif"], ...] = ("grid",)   # grid.png, single PNGs, uint8 arrays, trajectory GIF
+    out: str = "samples"                        # folder to write to
+    batch_size: int = 500                       # images at a time
+    device: str = "auto"                        # auto, cuda, cpu
+
+    def __post_init__(self) -> None:
+        for field in ("num_images", "batch_size"):
+            require(self, field, getattr(self, field) >= 1, "at least 1")
+        require(self, "num_steps", all(n >= 1 for n in self.num_steps), "counts of at least 1")
+        require(self, "formats", len(self.formats) > 0, "one or more of grid, png, npz, gif")
+
+
+def chosen_classes(asked: Sequence[str], classes: list[str]) -> list[int]:
+    """Class indices from names or numbers; without classes, the null class.
+
+    Raises:
+        ValueError: an unknown class, or any class for an unconditional network.
+    """
+    if not asked:
+        return list(range(len(classes))) or [0]
+    known = {**{str(i): i for i in range(len(classes))}, **{name: i for i, name in enumerate(classes)}}
+    unknown = [name for name in asked if name not in known]
+    if unknown:
+        allowed = f"known are {', '.join(classes)}, or 0 to {len(classes) - 1}" if classes else "this network has no classes"
+        raise ValueError(f"--classes {unknown[0]}: {allowed}")
+    return [known[name] for name in asked]
+
+
+@torch.no_grad()
+def main(argv: Sequence[str] | None = None) -> None:
+    cfg = parse_config(Config, argv, __doc__)
+    ranks = distributed.start(cfg.device)
+    network, metadata = load_network(cfg.checkpoint, DiT, ranks.device)
+    student = metadata["kind"] == "student"
+    if student and cfg.guidance_scale != 1:
+        raise ValueError(f"--guidance-scale {cfg.guidance_scale}: a student is not guided when it samples; its teacher's guidance, "
+                         f"{metadata['config']['guidance_scale']}, is part of it")
+    if cfg.guidance_scale != 1 and not metadata["classes"]:
+        raise ValueError(f"--guidance-scale {cfg.guidance_scale}: this network has no classes to guide to; use 1")
+    if not student and cfg.renoise:
+        raise ValueError("--renoise True: only a student can jump to the data")
+    chosen = torch.tensor(chosen_classes(cfg.classes, metadata["classes"]))
+    y = chosen[torch.arange(cfg.num_images) * len(chosen) // cfg.num_images]
+    architecture = metadata["architecture"]
+    shape = (architecture["num_channels"], architecture["image_size"], architecture["image_size"])
+    v = guided_velocity(network.velocity, network.null_class, cfg.guidance_scale)
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+
+    for num_steps in cfg.num_steps or ((1, 2, 4) if student else (25,)):
+        noise = generator(ranks.device, cfg.seed, "noise")
+        renoise = generator(ranks.device, cfg.seed, "renoise") if cfg.renoise else None
+        pixels, first = [], None
+        for labels in tqdm(y.split(cfg.batch_size), f"{num_steps} steps", disable=None):
+            z = torch.randn(len(labels), *shape, generator=noise, device=ranks.device)
+            with ranks.autocast():
+                if student:
+                    states = sample_average_velocity(network, z, labels.to(ranks.device), num_steps, renoise, trajectory=first is None)
+                else:
+                    states = sample_velocity(v, z, labels.to(ranks.device), num_steps, cfg.method, trajectory=first is None)
+            if first is None:
+                first, states = states, states[-1]
+            pixels.append(to_pixels(states).cpu())
+        pixels = torch.cat(pixels)
+        name = f"{num_steps}step"
+        if "grid" in cfg.formats:
+            save_grid(out / f"{name}.png", first[-1][:100])
+        if "gif" in cfg.formats:
+            save_gif(out / f"{name}.gif", first[:, :100])
+        if "npz" in cfg.formats:
+            np.savez(out / f"{name}.npz", arr_0=pixels.permute(0, 2, 3, 1).numpy(), labels=y.numpy())
+        if "png" in cfg.formats:
+            (out / name).mkdir(exist_ok=True)
+            for i, image in enumerate(pixels):
+                imageio.imwrite(out / name / f"{i:06d}_class{y[i]}.png", image.permute(1, 2, 0).squeeze(-1).numpy())
+        tqdm.write(f"{len(pixels)} images in {num_steps} step{'s' * (num_steps > 1)}: {out}/{name}.* ")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""What a checkpoint holds, and how it survives a crash.
+
+    checkpoints/step_00001000/
+        ema.safetensors         averaged weights: what is sampled, evaluated, released, and taught by
+        raw.safetensors         the weights being trained
+        training.pt             optimizer and counters
+
+A safetensors file carries the network's architecture and the run's config in its metadata, so one file is enough to
+rebuild the network. A checkpoint is written into a hidden folder, flushed, and renamed: it is there whole or not at all.
+Nothing here unpickles arbitrary objects.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+FORMAT = "splitmeanflow/1"
+STEP_FOLDER = re.compile(r"step_(\d{8})")
+
+
+class CheckpointError(ValueError):
+    """A file that is no checkpoint of ours, or a torn one."""
+
+
+def write_weights(path: Path, weights: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write one safetensors file, through a temporary one, with metadata (JSON-able) and the format's name."""
+    temporary = path.with_name(f".{path.name}.writing")
+    text = {"format": FORMAT, **{key: json.dumps(value) for key, value in metadata.items()}}
+    try:
+        save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, temporary, metadata=text)
+        flush(temporary)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"could not write {path}: {error}") from error
+
+
+def read_weights(path: Path | str, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read weights and metadata of one file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is torn, or not one of ours.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint file {path}")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            text = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is torn or no safetensors file: {error}") from error
+    if text.pop("format", None) != FORMAT:
+        raise CheckpointError(f"{path} is no checkpoint of this project: its metadata lacks format {FORMAT!r}")
+    return weights, {key: json.loads(value) for key, value in text.items()}
+
+
+def flush(path: Path) -> None:
+    """Make sure that a file, or a folder's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if STEP_FOLDER.fullmatch(path.name))
+
+
+def save_checkpoint(folder: Path, step: int, networks: Mapping[str, nn.Module], training: dict[str, Any],
+                    metadata: dict[str, Any], keep: int) -> Path:
+    """Write the checkpoint of `step` completed updates, then delete all but the newest `keep`.
+
+    Args:
+        folder: the run's checkpoint folder.
+        networks: file name to network: "ema" and "raw".
+        training: optimizer states and counters: tensors and plain values only.
+        metadata: "kind", "architecture", "config", ...; see `read_weights`.
+
+    Raises:
+        OSError: it could not be written (a full disk, say). Earlier checkpoints are untouched.
+    """
+    target, temporary = folder / f"step_{step:08d}", folder / f".step_{step:08d}.writing"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".step_*.writing"):         # of a process that was killed
+            shutil.rmtree(leftover)
+        temporary.mkdir()
+        for name, network in networks.items():
+            write_weights(temporary / f"{name}.safetensors", network.state_dict(), {**metadata, "step": step, "weights": name})
+        torch.save({**training, "step": step}, temporary / "training.pt")
+        flush(temporary / "training.pt")
+        flush(temporary)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(temporary, target)
+        flush(folder)
+    except (OSError, RuntimeError) as error:                     # torch.save turns a full disk into a RuntimeError
+        shutil.rmtree(temporary, ignore_errors=True)
+        free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
+        raise OSError(f"could not write checkpoint {target} ({free / 2**20:.0f} MiB free on that disk): {error}") from error
+    for old in step_folders(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def read_checkpoint(path: Path, names: Sequence[str]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """Weights by file name (`names`) and the training state of one checkpoint folder.
+
+    Raises:
+        CheckpointError: any of its files is torn, missing or foreign.
+    """
+    try:
+        weights = {name: read_weights(path / f"{name}.safetensors")[0] for name in names}
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is incomplete: {error}") from error
+    try:
+        training = torch.load(path / "training.pt", map_location="cpu", weights_only=True)
+    except Exception as error:      # the many ways in which a torn zip file or a foreign pickle fails; none is swallowed
+        raise CheckpointError(f"{path / 'training.pt'} is torn or foreign: {error}") from error
+    return weights, training
+
+
+def read_latest(folder: Path, names: Sequence[str], warn: Callable[[str], None],
+                ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
+    """The newest good checkpoint of a run, or None if it has none at all.
+
+    A bad one is named through `warn` and set aside as *.bad, never deleted.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none is good.
+    """
+    folders = step_folders(folder)
+    bad = []
+    for path in reversed(folders):
+        try:
+            result = read_checkpoint(path, names)
+        except CheckpointError as error:
+            bad.append((path, error))
+            continue
+        for bad_path, error in bad:
+            aside = bad_path.with_name(bad_path.name + ".bad")
+            warn(f"{error}. Set aside as {aside}; going on from the previous good one, {path}")
+            if aside.exists():
+                shutil.rmtree(aside)
+            bad_path.rename(aside)
+        return result
+    if bad:
+        raise CheckpointError(f"no checkpoint in {folder} is good: " + "; ".join(str(error) for _, error in bad))
+    return None
+
+
+def resolve_weights(path: Path | str) -> Path:
+    """The EMA weights that a path means: a file itself, a checkpoint folder, or a run folder's newest checkpoint.
+
+    Raises:
+        FileNotFoundError: there is nothing at that path.
+        CheckpointError: a folder without checkpoints.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    if (path / "ema.safetensors").is_file():
+        return path / "ema.safetensors"
+    folders = step_folders(path / "checkpoints") or step_folders(path)
+    if not folders:
+        raise CheckpointError(f"{path} holds no checkpoint (step_XXXXXXXX/ema.safetensors)")
+    return folders[-1] / "ema.safetensors"
+
+
+def load_network(path: Path | str, network_class: Callable[..., nn.Module], device: torch.device | str = "cpu",
+                 ) -> tuple[nn.Module, dict[str, Any]]:
+    """Rebuild a network from one file, in float32 and in evaluation mode, with the file's metadata.
+
+    Args:
+        path: anything that `resolve_weights` takes.
+        network_class: called with the architecture in the metadata.
+
+    Raises:
+        FileNotFoundError, CheckpointError: as above; a torn file's message offers the previous good one of the same run.
+    """
+    file = resolve_weights(path)
+    try:
+        weights, metadata = read_weights(file)
+    except CheckpointError as error:
+        earlier = [folder for folder in step_folders(file.parent.parent) if folder < file.parent]
+        raise CheckpointError(f"{error}." + (f" The previous one is {earlier[-1]}" if earlier else "")) from error
+    network = network_class(**metadata["architecture"])
+    network.load_state_dict(weights)
+    return network.to(device).eval().requires_grad_(False), metadata

@@ -1,0 +1,95 @@
+"""From a frozen dataclass to a command line and back to JSON.
+
+A script's Config holds its flags: the field's name is the flag, its comment the help text, its default the published
+recipe. `RECIPES` in the script says what differs for another data set, so `--data digits --help` shows that recipe.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tyro
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Flags that every training script has. Scripts derive their Config from it and add the method's own."""
+
+    data: str = "mnist"                         # mnist, cifar10, digits, or the path of a folder or zip of images
+    data_root: str = "data"                     # where mnist and cifar10 are, or are downloaded to
+    image_size: int | None = None               # side in pixels, images are resized to it; None: the data set's own, 32 for a path
+    steps: int = 10_000                         # updates in all
+    max_minutes: float | None = None            # save and stop after this long; the same command goes on later
+    global_batch_size: int = 512                # images an update, over all processes
+    seed: int = 0                               # of everything random
+    device: str = "auto"                        # auto, cuda, cpu
+    compile: bool = True                        # torch.compile the networks (on CUDA only)
+    results_dir: str = "results"                # run folders are made in here
+    name: str | None = None                     # run folder; None: stage and data set, such as teacher-mnist
+    log_every: int = 50                         # updates between log lines, the only moments that wait for the GPU
+    sample_every: int = 2_000                   # updates between sample grids
+    save_every: int = 2_000                     # updates between checkpoints
+    keep: int = 2                               # checkpoints to keep
+    num_workers: int = 4                        # threads that decode image files
+    comet: Literal["auto", "offline", "off"] = "auto"      # auto: online if a comet.com key is configured, else offline
+
+    def __post_init__(self) -> None:
+        for field in ("steps", "global_batch_size", "log_every", "sample_every", "save_every", "keep", "num_workers"):
+            require(self, field, getattr(self, field) >= 1, "at least 1")
+        require(self, "max_minutes", self.max_minutes is None or self.max_minutes > 0, "above 0, or None")
+        require(self, "image_size", self.image_size is None or self.image_size >= 1, "at least 1, or None")
+        require(self, "name", self.name is None or (self.name not in ("", ".", "..") and not set(self.name) & set("/\\")),
+                "a folder's name, without slashes")
+
+
+# A run may be continued with other values of these: they do not change what it computes.
+FREE_FIELDS = {"max_minutes", "device", "compile", "results_dir", "name", "log_every", "sample_every", "save_every", "keep",
+               "num_workers", "comet", "data_root"}
+
+ConfigT = TypeVar("ConfigT")
+
+
+def require(config: Any, field: str, good: bool, allowed: str) -> None:
+    """Raise ValueError, with the flag, its value and what is allowed, unless `good`."""
+    if not good:
+        raise ValueError(f"--{field.replace('_', '-')} {getattr(config, field)}: must be {allowed}")
+
+
+def parse_config(config_class: type[ConfigT], argv: Sequence[str] | None, description: str | None,
+                 recipes: Mapping[str, Mapping[str, Any]] | None = None) -> ConfigT:
+    """Read a Config from the command line; an unknown flag ends the program with the nearest known one.
+
+    Args:
+        argv: arguments, or None for the program's own.
+        recipes: fields that differ from the class's defaults, by the value of --data; the key "path" stands for a path.
+
+    Raises:
+        SystemExit: bad flags or --help.
+    """
+    default = None
+    try:
+        if recipes is not None:
+            peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+            peek.add_argument("--data", default=config_class.data)
+            data = peek.parse_known_args(argv)[0].data
+            recipe = recipes.get(data, recipes["path"] if Path(data).exists() else {})
+            default = config_class(**{"data": data, **recipe})
+        return tyro.cli(config_class, args=argv, default=default, description=description,
+                        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A Config as JSON-able values."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()}
+
+
+def differences(config: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """What in `other` makes it another run: "field: value, was value", for all but `FREE_FIELDS`."""
+    keys = [key for key in {**config, **other} if key not in FREE_FIELDS]
+    return [f"{key}: {other.get(key)}, was {config.get(key)}" for key in keys if other.get(key) != config.get(key)]

@@ -1,0 +1,146 @@
+"""Images as one uint8 tensor, and batches as a function of the step."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor
+from torch.nn import functional as F
+
+from utils.distributed import Ranks
+from utils.folders import load_folder
+from utils.seeding import fold, generator
+
+NAMES = ("mnist", "cifar10", "digits")
+
+
+@dataclass(frozen=True)
+class Images:
+    """A data set in memory.
+
+    pixels: (N, C, H, H) uint8. labels: (N,) long. classes: their names; none for an unconditional set, whose labels are
+    all 0, which is then the null class. flip: whether an image's mirror image is one of its kind too.
+    """
+
+    name: str
+    pixels: Tensor
+    labels: Tensor
+    classes: list[str]
+    flip: bool
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return tuple(self.pixels.shape[1:])
+
+
+def to_range(pixels: Tensor) -> Tensor:
+    """uint8 0..255 to float [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def to_pixels(x: Tensor) -> Tensor:
+    """Float, clipped to [-1, 1], to uint8 0..255, rounded to the nearest."""
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def load_digits() -> tuple[Tensor, Tensor]:
+    """The 1,797 handwritten 8x8 digits that scikit-learn carries (UCI, Alpaydin & Kaynak 1998)."""
+    from sklearn.datasets import load_digits as load       # only this data set needs scikit-learn
+
+    digits = load()
+    return torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8)[:, None], torch.from_numpy(digits.target).long()
+
+
+def load_torchvision(name: str, root: str) -> tuple[Tensor, Tensor, list[str]]:
+    """MNIST or CIFAR-10, training split, downloaded to `root` if it is not there.
+
+    Raises:
+        ValueError: it is not there and cannot be downloaded.
+    """
+    data_class = {"mnist": torchvision.datasets.MNIST, "cifar10": torchvision.datasets.CIFAR10}[name]
+    try:
+        data = data_class(root, train=True, download=True)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"--data {name} is not in --data-root {root} and could not be downloaded ({error}). Without a network, "
+                         f"use --data digits, --data PATH with images of your own, or --data-root with a copy") from error
+    pixels = torch.as_tensor(data.data)
+    pixels = pixels[:, None] if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2)
+    return pixels.contiguous(), torch.as_tensor(data.targets), [str(c).split(" - ")[0] for c in data.classes]
+
+
+def load_images(data: str, data_root: str = "data", image_size: int | None = None, num_workers: int = 4) -> Images:
+    """Load a data set by name or path.
+
+    Args:
+        data: "mnist", "cifar10", "digits", or a folder or zip of images; see `utils.folders`.
+        data_root: for mnist and cifar10.
+        image_size: side to resize to; None keeps a named set's own size and means 32 for a path.
+
+    Raises:
+        ValueError: unknown name, no images, an unreadable image, no network.
+    """
+    if data == "digits":
+        pixels, labels = load_digits()
+        classes = [str(digit) for digit in range(10)]
+    elif data in NAMES:
+        pixels, labels, classes = load_torchvision(data, data_root)
+    elif Path(data).exists():
+        pixels, labels, classes = load_folder(Path(data), image_size or 32, num_workers)
+    else:
+        raise ValueError(f"--data {data}: no such data set or path; use one of {', '.join(NAMES)}, or the path of a folder or zip")
+    if image_size and pixels.shape[-1] != image_size:
+        pixels = torch.cat([to_pixels(F.interpolate(to_range(part), image_size, mode="bicubic", antialias=True))
+                            for part in pixels.split(1024)])
+    return Images(data, pixels, labels, classes, flip=data not in ("mnist", "digits"))
+
+
+def check_guidance(images: Images, guidance_scales: tuple[float, ...]) -> None:
+    """Raise ValueError if guidance (a scale other than 1) is asked for where there are no classes to guide to."""
+    on = [scale for scale in guidance_scales if scale != 1]
+    if on and len(images.classes) < 2:
+        raise ValueError(f"--guidance-scale {on[0]}: guidance needs at least 2 classes, and {images.name} has "
+                         f"{len(images.classes)}; use --guidance-scale 1")
+
+
+class Batches:
+    """Endless batches: `batches(step)` is the same for the same seed, whenever and by however many processes it is asked.
+
+    The data set is shuffled anew each epoch; an epoch's last images share a batch with the next one's first. Images live
+    on the device if they take at most a quarter of its free memory, on the host otherwise.
+    """
+
+    def __init__(self, images: Images, global_batch_size: int, seed: int, ranks: Ranks):
+        if global_batch_size % ranks.world_size:
+            raise ValueError(f"--global-batch-size {global_batch_size} is not divisible by {ranks.world_size} processes")
+        self.size, self.seed, self.ranks, self.flip = global_batch_size, seed, ranks, images.flip
+        fits = ranks.device.type != "cuda" or images.pixels.nbytes <= torch.cuda.mem_get_info(ranks.device)[0] / 4
+        self.home = ranks.device if fits else torch.device("cpu")
+        self.pixels, self.labels = images.pixels.to(self.home), images.labels.to(self.home)
+        self.orders: dict[int, Tensor] = {}
+
+    def order(self, epoch: int) -> Tensor:
+        """The shuffled indices of one epoch, (N,). Kept for the epochs of one batch at a time."""
+        if epoch not in self.orders:
+            shuffle = torch.Generator().manual_seed(fold(self.seed, "epoch", epoch))    # on the CPU: alike on every device
+            self.orders[epoch] = torch.randperm(len(self.pixels), generator=shuffle).to(self.home)
+        return self.orders[epoch]
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
+        """This rank's rows of batch `step` (1 is the first): x (B, C, H, W) in [-1, 1] and y (B,) long."""
+        first = (step - 1) * self.size
+        epochs = range(first // len(self.pixels), (first + self.size - 1) // len(self.pixels) + 1)
+        self.orders = {epoch: order for epoch, order in self.orders.items() if epoch in epochs}
+        indices = torch.cat([self.order(epoch) for epoch in epochs])
+        start = first - epochs[0] * len(self.pixels)
+        indices = self.ranks.rows(indices[start : start + self.size])
+        device = self.ranks.device
+        x = to_range(self.pixels[indices].to(device, non_blocking=True))
+        y = self.labels[indices].to(device, non_blocking=True)
+        if self.flip:
+            coin = torch.rand(self.size, generator=generator(device, self.seed, "flip", step), device=device)
+            x = torch.where(self.ranks.rows(coin)[:, None, None, None] < 0.5, x.flip(-1), x)
+        return x, y

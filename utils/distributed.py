@@ -1,0 +1,92 @@
+"""One process or many: `python train_teacher.py` and `torchrun --nproc-per-node=8 train_teacher.py` train alike.
+
+There is no DistributedDataParallel: each loss calls the network several times, which its hooks do not expect. Gradients
+are averaged by one all-reduce a step, in the open.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all, and its device."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def rows(self, batch: Tensor) -> Tensor:
+        """This rank's rows of a global batch: every world_size-th, so that a leading share stays a leading share."""
+        return batch[self.rank :: self.world_size]
+
+    def autocast(self) -> torch.autocast:
+        """bfloat16 arithmetic over float32 weights on CUDA, plain float32 elsewhere.
+
+        Without autocast's cache of weights: one made by a target's pass, without gradient, would serve the next pass too
+        and cut off its gradient.
+        """
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False)
+
+    def average_gradients(self, network: nn.Module) -> None:
+        """Replace each gradient by its mean over the ranks, with one all-reduce of one flat buffer."""
+        if self.world_size == 1:
+            return
+        gradients = [p.grad for p in network.parameters() if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        parts = (flat / self.world_size).split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients)])
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Stack a small vector (K,) of every rank: (world_size, K)."""
+        if self.world_size == 1:
+            return values[None]
+        result = [torch.empty_like(values) for _ in range(self.world_size)]
+        dist.all_gather(result, values)
+        return torch.stack(result)
+
+    def agree(self, flag: bool) -> bool:
+        """True if any rank says so. Waits for the device: call it where the loop waits anyway."""
+        return bool(self.gather(torch.tensor([float(flag)], device=self.device)).any())
+
+    def wait(self) -> None:
+        """Return once every rank has come here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def start(device: str) -> Ranks:
+    """Join the other processes if torchrun started several, and choose the device.
+
+    Args:
+        device: "auto" (CUDA where there is one), "cuda", "cuda:1", "cpu", ...
+
+    Raises:
+        ValueError: CUDA is asked for where there is none.
+    """
+    world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: this machine has no CUDA device; use --device cpu")
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", local_rank if chosen.index is None else chosen.index)
+        torch.cuda.set_device(chosen)
+        torch.set_float32_matmul_precision("high")
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", device_id=chosen if chosen.type == "cuda" else None)
+    return Ranks(dist.get_rank() if world_size > 1 else 0, world_size, chosen)
+
+
+def finish() -> None:
+    """Leave the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

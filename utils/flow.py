@@ -1,0 +1,28 @@
+"""The convention of this project, in code. Nobody else writes (1 - t) x + t eps.
+
+t = 0 is data, t = 1 is noise. Sampling runs from t = 1 down to 0. Intervals are r <= s <= t, states are taken at the
+interval's end on the noise side, and z_r = z_t - (t - r) u(z_t, r, t, y). Times are float tensors (B,).
+"""
+
+import torch
+from torch import Tensor
+
+
+def pad_like(t: Tensor, z: Tensor) -> Tensor:
+    """View times (B,) as (B, 1, ..., 1), to multiply a batch shaped like z."""
+    return t.view(-1, *[1] * (z.dim() - 1))
+
+
+def interpolate(x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """z_t = (1 - t) x + t eps: the straight path from data x to noise eps, both (B, ...), at times t (B,)."""
+    return torch.lerp(x, eps, pad_like(t, x))
+
+
+def conditional_velocity(x: Tensor, eps: Tensor) -> Tensor:
+    """dz_t/dt = eps - x along the straight path; its mean given z_t is the velocity v(z_t, t)."""
+    return eps - x
+
+
+def step(z_t: Tensor, r: Tensor, t: Tensor, u: Tensor) -> Tensor:
+    """Go from time t to r <= t with average velocity u over [r, t]: z_r = z_t - (t - r) u. Shapes (B, ...) and (B,)."""
+    return z_t - pad_like(t - r, z_t) * u

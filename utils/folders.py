@@ -1,0 +1,110 @@
+"""A user's own images: a class-folder tree, a folder without classes, or a zip of either; any format Pillow reads."""
+
+import io
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+SPLITS = {"train", "test", "val", "valid", "validation"}
+GRAY_MODES = {"1", "L", "I", "I;16", "F"}
+
+
+def list_images(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
+    """Names (relative, with slashes, sorted) of all image files in a folder or zip, and a function that reads one.
+
+    Raises:
+        ValueError: the path is neither a folder nor a zip file.
+    """
+    formats = set(Image.registered_extensions())
+
+    def is_image(name: str) -> bool:
+        parts = PurePosixPath(name).parts
+        return PurePosixPath(name).suffix.lower() in formats and not any(p.startswith((".", "__MACOSX")) for p in parts)
+
+    if path.is_dir():
+        names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+        return sorted(filter(is_image, names)), lambda name: (path / name).read_bytes()
+    if zipfile.is_zipfile(path):
+        archive = zipfile.ZipFile(path)                     # ZipFile locks its reads, so threads may share it
+        return sorted(filter(is_image, archive.namelist())), archive.read
+    raise ValueError(f"--data {path} is neither a folder nor a zip file of images")
+
+
+def split_classes(path: Path, names: list[str]) -> tuple[list[str], list[int]]:
+    """Class names and one label a file. Files in no folder have no class: ([], zeros).
+
+    Folders that everything lies in (as in a zip of one folder) are passed over.
+
+    Raises:
+        ValueError: files beside class folders, or folders that are splits, not classes.
+    """
+    parts = [PurePosixPath(name).parts for name in names]
+    while all(len(p) > 2 for p in parts) and len({p[0] for p in parts}) == 1:
+        parts = [p[1:] for p in parts]
+    if all(len(p) == 1 for p in parts):
+        return [], [0] * len(names)
+    if any(len(p) == 1 for p in parts):
+        loose = next(name for name, p in zip(names, parts) if len(p) == 1)
+        raise ValueError(f"--data {path} mixes class folders and loose images ({loose}); put every image into a class folder, or none")
+    classes = sorted({p[0] for p in parts})
+    if len(classes) > 1 and {name.lower() for name in classes} <= SPLITS:
+        raise ValueError(f"--data {path} holds {' and '.join(classes)}, which are splits and not classes; use --data {path / classes[-1]}")
+    return classes, [classes.index(p[0]) for p in parts]
+
+
+def decode(name: str, content: bytes, size: int) -> tuple[np.ndarray, bool]:
+    """One image as RGB uint8 (size, size, 3), upright, centre-cropped to a square and resized; and whether it is gray.
+
+    Transparent pixels show white.
+
+    Raises:
+        ValueError: Pillow cannot read it; names the file.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as file:
+            image = ImageOps.exif_transpose(file)
+            image.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read image {name}: {error}") from error
+    gray = image.mode in GRAY_MODES
+    if image.mode == "I;16" or (image.mode == "I" and np.asarray(image).max() > 255):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))       # 16 bits to the upper 8
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+    return np.asarray(image), gray
+
+
+def load_folder(path: Path, image_size: int, num_workers: int) -> tuple[Tensor, Tensor, list[str]]:
+    """All images of a folder or zip, with one channel if every image is gray and three otherwise.
+
+    Returns:
+        pixels (N, C, image_size, image_size) uint8, labels (N,) long, class names (none for an unconditional set).
+
+    Raises:
+        ValueError: no images, an unreadable one (named), or a layout that is not understood.
+    """
+    names, read = list_images(path)
+    if not names:
+        raise ValueError(f"--data {path} holds no image that Pillow knows by its ending (.png, .jpg, .webp, ...)")
+    classes, labels = split_classes(path, names)
+    pixels = torch.empty(len(names), 3, image_size, image_size, dtype=torch.uint8)
+
+    def load(i: int) -> bool:
+        image, gray = decode(f"{path}: {names[i]}", read(names[i]), image_size)
+        pixels[i] = torch.from_numpy(image.copy()).permute(2, 0, 1)
+        return gray
+
+    with ThreadPoolExecutor(num_workers) as pool:
+        gray = list(tqdm(pool.map(load, range(len(names))), "reading images", len(names), disable=None, leave=False))
+    if all(gray):
+        pixels = pixels[:, :1].clone()
+    return pixels, torch.tensor(labels), classes

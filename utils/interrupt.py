@@ -1,0 +1,27 @@
+"""Ctrl-C and SIGTERM as a polite request: finish this update, save, leave."""
+
+import signal
+from types import FrameType
+
+
+class StopRequest:
+    """While entered, the first SIGINT or SIGTERM only sets `signal_number`; a second one acts as usual."""
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+
+    def __enter__(self) -> "StopRequest":
+        self.previous = {number: signal.signal(number, self.request) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def request(self, number: int, _: FrameType | None) -> None:
+        self.signal_number = number
+        for each, handler in self.previous.items():
+            signal.signal(each, handler)
+
+    def __bool__(self) -> bool:
+        return self.signal_number is not None

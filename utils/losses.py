@@ -1,0 +1,104 @@
+"""The method: flow matching for the teacher; boundary condition and Interval Splitting Consistency for the student
+(SplitMeanFlow, arXiv 2507.16884).
+
+    (t - r) u(z_t, r, t) = (s - r) u(z_s, r, s) + (t - s) u(z_t, s, t),   r <= s <= t                       (Eq. 10)
+
+With lam = (t - s) / (t - r) that is u_rt = (1 - lam) u_rs + lam u_st (Eq. 11). The right-hand side is the target and
+carries no gradient: the backward pass goes through u(z_t, r, t) alone (Algorithm 1).
+
+Losses are pure: callables u(z, r, t, y) and v(z, t, y), states and times in; one value per sample out. Weighting,
+reduction and precision are the caller's. Shapes: z_t (B, ...), r, t, lam (B,), y (B,) long; results (B,) float32.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from utils.flow import conditional_velocity, interpolate, pad_like, step
+from utils.guidance import Velocity
+
+AverageVelocity = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]        # u(z, r, t, y)
+
+
+def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Squared difference of each sample, averaged over its values: (B, ...) to (B,)."""
+    return (prediction - target).square().flatten(1).mean(1)
+
+
+def adaptive_weight(loss: Tensor, power: float, floor: float = 1e-3) -> Tensor:
+    """loss / sg(loss + floor)^power: (B,) to (B,). Power 0 is the plain loss (MeanFlow, arXiv 2505.13447, Sec. 4.3)."""
+    return loss / (loss.detach() + floor) ** power
+
+
+def flow_matching_loss(v: Velocity, x: Tensor, eps: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    """Distance of v(z_t, t, y) from the conditional velocity eps - x (Lipman et al., arXiv 2210.02747)."""
+    return squared_error(v(interpolate(x, eps, t), t, y), conditional_velocity(x, eps))
+
+
+def boundary_loss(u: AverageVelocity, v: Velocity, z_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    """Boundary condition u(z_t, t, t) = v(z_t, t): over an empty interval the two velocities agree."""
+    with torch.no_grad():
+        v_t = v(z_t, t, y)
+    return squared_error(u(z_t, t, t, y), v_t)
+
+
+@torch.no_grad()
+def splitting_target(u: AverageVelocity, z_t: Tensor, r: Tensor, t: Tensor, lam: Tensor, y: Tensor,
+                     u_st: Tensor | None = None) -> Tensor:
+    """Right-hand side of Eq. 11. `u_st` is the first leg; None asks u itself for it, as Algorithm 1 does."""
+    s = (1 - lam) * t + lam * r                             # lam = 0 splits at t, lam = 1 at r
+    if u_st is None:
+        u_st = u(z_t, s, t, y)                              # first leg, from t down to s
+    u_rs = u(step(z_t, s, t, u_st), r, s, y)                # second leg, from z_s down to r
+    return torch.lerp(u_rs, u_st, pad_like(lam, z_t))
+
+
+def interval_splitting_loss(u: AverageVelocity, z_t: Tensor, r: Tensor, t: Tensor, lam: Tensor, y: Tensor) -> Tensor:
+    """Interval Splitting Consistency with both legs the student's own: Algorithm 1 to the letter."""
+    return squared_error(u(z_t, r, t, y), splitting_target(u, z_t, r, t, lam, y))
+
+
+def anchored_splitting_loss(u: AverageVelocity, v: Velocity, z_t: Tensor, r: Tensor, t: Tensor, lam: Tensor, y: Tensor) -> Tensor:
+    """Interval Splitting Consistency whose first leg is anchored at the teacher: u_st := v(z_t, t, y).
+
+    Exact as lam -> 0, where u(z_t, s, t) -> v(z_t, t), and it keeps the student from teaching itself nonsense. The residual
+    is of order lam, so it is divided by lam; its limit is MeanFlow's u + (t - r) du/dt - v. (cf. SoFlow, arXiv 2512.15657)
+    """
+    with torch.no_grad():
+        v_t = v(z_t, t, y)
+    target = splitting_target(u, z_t, r, t, lam, y, u_st=v_t)
+    return squared_error(u(z_t, r, t, y), target) / lam.square()
+
+
+class StudentLoss(NamedTuple):
+    """Per-sample losses of one student batch, unweighted."""
+
+    boundary: Tensor            # (num_boundary,)
+    splitting: Tensor           # (B - num_boundary,)
+
+
+def student_loss(u: AverageVelocity, u_target: AverageVelocity, v: Velocity, z_t: Tensor, r: Tensor, t: Tensor, lam: Tensor,
+                 y: Tensor, num_boundary: int, anchored: bool) -> StudentLoss:
+    """Both student losses over one batch, with a single forward pass that carries gradient.
+
+    Equal to `boundary_loss` on the first `num_boundary` rows and to `anchored_splitting_loss` or `interval_splitting_loss`
+    on the others (a test holds this), but faster. The count is fixed so that shapes never change.
+
+    Args:
+        u: the student.
+        u_target: the network that the splitting targets come from: the student, or an EMA of it.
+        v: the teacher's guided velocity.
+        num_boundary: rows for the boundary condition; their r and lam are not used.
+        anchored: first leg from the teacher, not from `u_target`.
+    """
+    n = num_boundary
+    r = torch.cat([t[:n], r[n:]])
+    with torch.no_grad():
+        v_t = v(z_t, t, y) if anchored else v(z_t[:n], t[:n], y[:n])
+        target = splitting_target(u_target, z_t[n:], r[n:], t[n:], lam[n:], y[n:], u_st=v_t[n:] if anchored else None)
+        target = torch.cat([v_t[:n], target])
+    error = squared_error(u(z_t, r, t, y), target)
+    splitting = error[n:] / lam[n:].square() if anchored else error[n:]
+    return StudentLoss(error[:n], splitting)

@@ -1,0 +1,65 @@
+"""Grids, GIFs and curves."""
+
+import json
+from pathlib import Path
+
+import imageio.v3 as imageio
+import torch
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from utils.data import to_pixels
+
+
+def sample_labels(num_classes: int, rows: int = 10, columns: int = 10) -> Tensor:
+    """Labels (rows * columns,) of a grid: one class a row, the first `rows` classes; all "no class" without classes."""
+    if num_classes == 0:
+        return torch.zeros(rows * columns, dtype=torch.long)
+    return torch.arange(min(num_classes, rows)).repeat_interleave(columns)
+
+
+def grid(x: Tensor, columns: int = 10) -> Tensor:
+    """Images (B, C, H, W) near [-1, 1] as one picture, uint8 (H', W', 3 or 1); small ones are enlarged pixel by pixel."""
+    pixels = make_grid(to_pixels(x).cpu(), nrow=columns, padding=max(1, x.shape[-1] // 16), pad_value=255)
+    factor = max(1, -(-48 // x.shape[-1]))
+    return pixels.repeat_interleave(factor, 1).repeat_interleave(factor, 2).permute(1, 2, 0)
+
+
+def save_grid(path: Path, x: Tensor, columns: int = 10) -> None:
+    """Write a grid of images (B, C, H, W) near [-1, 1] as PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    imageio.imwrite(path, grid(x, columns).numpy())
+
+
+def save_gif(path: Path, trajectory: Tensor, columns: int = 10, seconds: float = 2.5) -> None:
+    """Write states (num_steps + 1, B, C, H, W), noise first, as a looping GIF that rests on the last frame."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames = [grid(x, columns).numpy() for x in trajectory]
+    durations = [1000 * seconds / len(frames)] * (len(frames) - 1) + [1500]
+    imageio.imwrite(path, frames, duration=durations, loop=0)
+
+
+def save_curves(path: Path, metrics_file: Path) -> None:
+    """Plot metrics.jsonl: losses (logarithmic), gradient norm, learning rate, images/s against the step."""
+    import matplotlib                                       # slow to import: only when there is something to draw
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = [json.loads(line) for line in metrics_file.read_text().splitlines()]
+    if not rows:
+        return
+    others = ("grad_norm", "learning_rate", "images_per_second")
+    losses = [key for key in rows[0] if key not in (*others, "step", "seconds")]
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
+    for axis, keys in zip(axes.flat, (losses, *([key] for key in others))):
+        for key in keys:
+            axis.plot([row["step"] for row in rows], [row[key] for row in rows], label=key, linewidth=1)
+        axis.set(xlabel="step", title=", ".join(keys))
+        axis.grid(alpha=0.3)
+        if len(keys) > 1:
+            axis.legend()
+    axes.flat[0].set_yscale("log")
+    axes.flat[1].set_yscale("log")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,245 @@
+"""The run folder: what was asked for, what ran, what came out.
+
+    results/<name>/
+        config.json  environment.json  metrics.jsonl  log.txt  curves.png  samples/  checkpoints/  comet/
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from utils import distributed
+from utils.checkpoints import save_checkpoint, step_folders
+from utils.config import differences, to_dict
+from utils.distributed import Ranks
+from utils.interrupt import StopRequest
+from utils.pictures import save_curves, save_gif, save_grid
+
+
+def environment(ranks: Ranks) -> dict[str, Any]:
+    """What a run depends on besides its config: commit, versions, device, command."""
+    def git(*command: str) -> str | None:
+        here = Path(__file__).parent
+        done = subprocess.run(["git", *command], cwd=here, capture_output=True, text=True) if (here.parent / ".git").exists() else None
+        return done.stdout.strip() if done and done.returncode == 0 else None
+
+    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "git_commit": git("rev-parse", "HEAD"), "git_changed_files": git("status", "--porcelain", "--untracked-files=no"),
+        "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+        "device": f"{ranks.device.type}: {device}", "processes": ranks.world_size, "cpu_threads": torch.get_num_threads(),
+        "command": sys.argv, "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write through a temporary file, so that a crash leaves the old or the new text."""
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+class Run:
+    """One run's folder and everything written to it; on ranks above 0 nothing is written and nothing printed.
+
+    Args:
+        config: the script's Config; `steps`, `results_dir`, `name`, `comet` and `global_batch_size` are used here.
+        stage: "teacher" or "student".
+        ranks: this process among all.
+
+    Raises:
+        ValueError: the folder is a finished run's, another run's, or holds something else.
+    """
+
+    def __init__(self, config: Any, stage: str, ranks: Ranks):
+        self.config, self.ranks = config, ranks
+        self.name = config.name or f"{stage}-{Path(config.data).stem}"
+        self.folder = Path(config.results_dir) / self.name
+        self.checkpoints = self.folder / "checkpoints"
+        self.description = {"stage": stage, **to_dict(config)}
+        self.refuse_foreign_folder()
+        self.bar = self.comet = None
+        self.seconds_before, self.opened, self.logged = 0.0, time.monotonic(), (0, time.monotonic())
+
+    def refuse_foreign_folder(self) -> None:
+        file = self.folder / "config.json"
+        if not self.folder.exists() or not any(self.folder.iterdir()):
+            return
+        other_name = "choose another --name, or move the folder away"
+        if not file.exists():
+            raise ValueError(f"{self.folder} exists and is no run folder; {other_name}")
+        changed = differences(json.loads(file.read_text()), self.description)
+        if changed:
+            raise ValueError(f"{self.folder} is another run ({'; '.join(changed)}); {other_name}")
+        if step_folders(self.checkpoints) and step_folders(self.checkpoints)[-1].name == f"step_{self.config.steps:08d}":
+            raise ValueError(f"{self.folder} is finished at step {self.config.steps}; {other_name}")
+
+    def start(self, step: int, seconds: float) -> None:
+        """Open the folder; training goes on after `step` updates that took `seconds`.
+
+        Metrics of later steps, from a start that was cut off before it saved them, are dropped: they come again.
+        """
+        self.ranks.wait()                                   # every rank has checked before the main one writes
+        if self.ranks.is_main:
+            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+            write_text(self.folder / "config.json", json.dumps(self.description, indent=2) + "\n")
+            starts_file, ran_on = self.folder / "environment.json", environment(self.ranks)
+            starts = json.loads(starts_file.read_text()) if starts_file.exists() else []
+            write_text(starts_file, json.dumps([*starts, {**ran_on, "after_step": step}], indent=2) + "\n")
+            metrics = self.folder / "metrics.jsonl"
+            lines = metrics.read_text().splitlines() if metrics.exists() else []
+            complete = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+            write_text(metrics, "".join(line + "\n" for line in complete))
+            self.comet = start_comet(self.config.comet, self.folder, self.name, self.note)
+            if self.comet:
+                self.comet.log_parameters(self.description)
+            self.note(f"run folder {self.folder}, on {ran_on['device']}" + (f", going on after step {step}" if step else ""))
+            self.bar = tqdm(total=self.config.steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
+        self.seconds_before, self.opened, self.logged = seconds, time.monotonic(), (step, time.monotonic())
+
+    def keep_teacher(self, path: Path) -> None:
+        """Copy a student's teacher into the folder: the run goes on whatever becomes of the teacher's own folder."""
+        copy = self.folder / "teacher.safetensors"
+        if self.ranks.is_main and not copy.exists():
+            temporary = copy.with_name(f".{copy.name}.writing")
+            shutil.copyfile(path, temporary)
+            os.replace(temporary, copy)
+            self.note(f"teacher {path}")
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far, over all restarts."""
+        return self.seconds_before + time.monotonic() - self.opened
+
+    def out_of_time(self) -> bool:
+        """Whether this start of the run has lasted --max-minutes."""
+        return self.config.max_minutes is not None and time.monotonic() - self.opened > 60 * self.config.max_minutes
+
+    def note(self, text: str) -> None:
+        """A line for people: to the terminal and to log.txt."""
+        if self.ranks.is_main:
+            tqdm.write(text)
+            if self.folder.exists():
+                self.write_log(text)
+
+    def write_log(self, text: str) -> None:
+        with open(self.folder / "log.txt", "a") as file:
+            file.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+
+    def scalars(self, step: int, **values: float) -> None:
+        """One line of metrics, images/s since the last one included."""
+        if not self.ranks.is_main:
+            return
+        now = time.monotonic()
+        images = (step - self.logged[0]) * self.config.global_batch_size
+        row = {"step": step, **values, "images_per_second": round(images / (now - self.logged[1]), 1), "seconds": round(self.seconds, 2)}
+        self.logged = (step, now)
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.write_log("  ".join(f"{key} {value:.6g}" for key, value in row.items()))
+        if self.comet:
+            self.comet.log_metrics({key: value for key, value in row.items() if key != "step"}, step=step)
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {values['loss']:.4f}, {row['images_per_second']:.0f} images/s")
+
+    def asked_to_stop(self, step: int, stop: StopRequest) -> bool:
+        """Whether to save and leave now: a signal came or --max-minutes is over. Several processes agree at log lines."""
+        wish = bool(stop) or self.out_of_time()
+        if self.ranks.world_size == 1:
+            return wish
+        return step % self.config.log_every == 0 and self.ranks.agree(wish)
+
+    def save(self, step: int, networks: dict[str, nn.Module], training: dict[str, Any], metadata: dict[str, Any]) -> None:
+        """Write the checkpoint of `step` and draw curves.png anew; see `utils.checkpoints.save_checkpoint`."""
+        if self.ranks.is_main:
+            path = save_checkpoint(self.checkpoints, step, networks, training, metadata, self.config.keep)
+            save_curves(self.folder / "curves.png", self.folder / "metrics.jsonl")
+            self.write_log(f"saved {path}")
+
+    def advance(self) -> None:
+        """One update is done: move the bar."""
+        if self.bar is not None:
+            self.bar.update()
+
+    def images(self, step: int, name: str, x: Tensor) -> None:
+        """Save samples/<name>_step<N>.png from images (B, C, H, W) near [-1, 1]."""
+        self.picture(step, self.folder / "samples" / f"{name}_step{step}.png", save_grid, x)
+
+    def gif(self, step: int, name: str, trajectory: Tensor) -> None:
+        """Save samples/<name>_step<N>.gif from states (num_steps + 1, B, C, H, W)."""
+        self.picture(step, self.folder / "samples" / f"{name}_step{step}.gif", save_gif, trajectory)
+
+    def picture(self, step: int, path: Path, save: Any, x: Tensor) -> None:
+        if not self.ranks.is_main:
+            return
+        save(path, x)
+        if self.comet:
+            self.comet.log_image(str(path), name=path.name, step=step)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what is done inside, sampling and saving, out of the next images/s."""
+        start = time.monotonic()
+        yield
+        self.logged = (self.logged[0], self.logged[1] + time.monotonic() - start)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.comet:
+            self.comet.end()
+
+    def leave(self, step: int, stop: StopRequest) -> None:
+        """Say how the run ended.
+
+        Raises:
+            SystemExit: it was interrupted; with the shell's code for the signal.
+        """
+        distributed.finish()
+        if step == self.config.steps:
+            self.note(f"finished {step} updates in {self.seconds / 60:.1f} minutes: {self.folder}")
+            return
+        self.note(f"saved after {step} of {self.config.steps} updates; the same command goes on")
+        if stop:
+            sys.exit(128 + stop.signal_number)
+
+
+def start_comet(mode: str, folder: Path, name: str, note: Any) -> Any:
+    """A comet.com experiment: online if a key is configured and mode is "auto", otherwise an archive in `folder`/comet.
+
+    Returns:
+        The experiment, or None if mode is "off", or if comet_ml is not installed and mode is "auto".
+    """
+    if mode == "off":
+        return None
+    try:
+        import comet_ml                                     # slow to import, and optional
+    except ModuleNotFoundError:
+        if mode == "offline":
+            raise ValueError("--comet offline: comet_ml is not installed; install it or use --comet off") from None
+        note("comet_ml is not installed: metrics go to the run folder only")
+        return None
+    online = mode == "auto" and bool(comet_ml.config.get_config("comet.api_key"))
+    (folder / "comet").mkdir(exist_ok=True)
+    settings = comet_ml.ExperimentConfig(
+        name=name, offline_directory=str(folder / "comet"), log_code=False, log_graph=False, log_git_patch=False, parse_args=False,
+        auto_param_logging=False, auto_metric_logging=False, auto_output_logging=False, auto_log_co2=False, display_summary_level=0,
+        log_env_details=False,
+    )
+    return comet_ml.start(online=online, project_name="splitmeanflow", experiment_config=settings)
