@@ -1,4 +1,4 @@
-"""Stage 2 on MNIST: a few-step student u(z, r, t, y) by SplitMeanFlow (arXiv 2507.16884), taught by a stage 1 teacher.
+"""Stage 2 on MNIST: a few-step student u(z, r, t, y) by SplitMeanFlow (arXiv 2507.16884).
 
     python train_student_mnist.py                       from the newest MNIST teacher in results/, else the released one
     python train_student_mnist.py --data digits         the same on the small digits inside scikit-learn
@@ -16,7 +16,7 @@ from timm.utils import ModelEmaV3
 from torch.nn.utils import clip_grad_norm_
 
 from models import DiT, student_from_teacher
-from utils import distributed
+from utils import distributed, recipes
 from utils.checkpoints import load_network, read_latest
 from utils.config import RunConfig, parse_config, require, to_dict
 from utils.data import Batches, check_guidance, load_images
@@ -49,7 +49,7 @@ class Config(RunConfig):
     decay_share: float = 0.4                    # last share of the steps, in which they fall linearly to zero
     max_grad_norm: float = 1.0                  # gradients are clipped to this norm
     ema_decay: float = 0.9995                   # of the averaged weights, which are what is sampled and released
-    guidance_scale: float = 2.5                 # of the teacher's velocity; 1 is none
+    guidance_scale: float = 2.0                 # of the teacher's velocity; 1 is none
     guidance_interval: tuple[float, float] = (0.0, 1.0)     # times at which the teacher is guided
     boundary_share: float = 0.5                 # of each batch: boundary condition; the rest: interval splitting
     split: Literal["anchored", "self"] = "anchored"         # first leg u_st: the teacher's velocity, or the student's own
@@ -81,17 +81,8 @@ class Config(RunConfig):
         require(self, "warmup_steps", self.warmup_steps >= 0, "at least 0")
 
 
-RECIPES = {
-    "mnist": {},
-    "digits": dict(steps=1_000, global_batch_size=128, warmup_steps=50, ema_decay=0.99, log_every=50, sample_every=500,
-                   save_every=500),
-    "cifar10": dict(steps=10_000, guidance_scale=1.5),
-    "path": dict(steps=10_000, guidance_scale=1.5),
-}
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    cfg = parse_config(Config, argv, __doc__, RECIPES)
+    cfg = parse_config(Config, argv, __doc__, recipes.STUDENT)
     ranks = distributed.start(cfg.device)
     device = ranks.device
     num_boundary = round(cfg.boundary_share * cfg.global_batch_size)       # a fixed count, so that shapes never change

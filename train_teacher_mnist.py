@@ -16,7 +16,7 @@ from timm.utils import ModelEmaV3
 from torch.nn.utils import clip_grad_norm_
 
 from models import DiT
-from utils import distributed
+from utils import distributed, recipes
 from utils.checkpoints import read_latest
 from utils.config import RunConfig, parse_config, require, to_dict
 from utils.data import Batches, check_guidance, load_images
@@ -63,17 +63,8 @@ class Config(RunConfig):
         require(self, "warmup_steps", self.warmup_steps >= 0, "at least 0")
 
 
-RECIPES = {
-    "mnist": {},
-    "digits": dict(model="DiT-Nano/2", steps=1_000, global_batch_size=128, warmup_steps=50, ema_decay=0.99, log_every=50,
-                   sample_every=500, save_every=500),
-    "cifar10": dict(model="DiT-S/2", steps=20_000, guidance_scale=(1.0, 1.5, 2.5)),
-    "path": dict(model="DiT-S/2", steps=20_000, guidance_scale=(1.0, 1.5, 2.5)),
-}
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    cfg = parse_config(Config, argv, __doc__, RECIPES)
+    cfg = parse_config(Config, argv, __doc__, recipes.TEACHER)
     ranks = distributed.start(cfg.device)
     device = ranks.device
 

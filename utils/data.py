@@ -55,15 +55,15 @@ def load_digits() -> tuple[Tensor, Tensor]:
     return torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8)[:, None], torch.from_numpy(digits.target).long()
 
 
-def load_torchvision(name: str, root: str) -> tuple[Tensor, Tensor, list[str]]:
-    """MNIST or CIFAR-10, training split, downloaded to `root` if it is not there.
+def load_torchvision(name: str, root: str, train: bool = True) -> tuple[Tensor, Tensor, list[str]]:
+    """MNIST or CIFAR-10, training or test split, downloaded to `root` if it is not there.
 
     Raises:
         ValueError: it is not there and cannot be downloaded.
     """
     data_class = {"mnist": torchvision.datasets.MNIST, "cifar10": torchvision.datasets.CIFAR10}[name]
     try:
-        data = data_class(root, train=True, download=True)
+        data = data_class(root, train=train, download=True)
     except (OSError, RuntimeError) as error:
         raise ValueError(f"--data {name} is not in --data-root {root} and could not be downloaded ({error}). Without a network, "
                          f"use --data digits, --data PATH with images of your own, or --data-root with a copy") from error

@@ -1,0 +1,151 @@
+"""The method against the Gaussian oracle, with the field's classic mistakes as negative controls."""
+
+import pytest
+import torch
+from oracle import GaussianFlow
+from torch import Tensor
+
+from utils.flow import interpolate, pad_like
+from utils.losses import (
+    adaptive_weight,
+    anchored_splitting_loss,
+    boundary_loss,
+    flow_matching_loss,
+    interval_splitting_loss,
+    squared_error,
+    splitting_target,
+    student_loss,
+)
+
+ORACLE = GaussianFlow()
+
+
+def batch(num: int = 64):
+    """States on the oracle's path at t, with 0 < r < t < 1 and lam in (0.1, 0.9), float64."""
+    draw = torch.Generator().manual_seed(1)
+    times = torch.rand(num, 2, generator=draw, dtype=torch.float64).sort(dim=1).values
+    r, t = 0.02 + 0.9 * times[:, 0], 0.08 + 0.9 * times[:, 1]
+    lam = 0.1 + 0.8 * torch.rand(num, generator=draw, dtype=torch.float64)
+    x = ORACLE.sd * torch.randn(num, 1, 4, 4, generator=draw, dtype=torch.float64)
+    eps = torch.randn(x.shape, generator=draw, dtype=torch.float64)
+    return interpolate(x, eps, t), r, t, lam, torch.zeros(num, dtype=torch.long)
+
+
+def test_splitting_and_boundary_vanish_at_the_oracle():
+    z_t, r, t, lam, y = batch()
+    assert interval_splitting_loss(ORACLE.u, z_t, r, t, lam, y).max() < 1e-20
+    assert boundary_loss(ORACLE.u, ORACLE.v, z_t, t, y).max() < 1e-20
+
+
+def test_anchored_splitting_is_exact_as_lam_vanishes():
+    """The anchored residual over lam tends to (u - v + (t - r) du/dt), which is 0, at first order in lam."""
+    z_t, r, t, _, y = batch()
+    small, smaller = (anchored_splitting_loss(ORACLE.u, ORACLE.v, z_t, r, t, torch.full_like(t, lam), y).mean() for lam in (1e-2, 1e-3))
+    assert small < 1e-4
+    assert smaller < small / 50
+
+
+def length_for_r(z, r, t, y):
+    return ORACLE.u(z, t - r, t, y)
+
+
+def exchanged_times(z, r, t, y):
+    return ORACLE.u(z, t, r, y)
+
+
+def splitting_with(first_step_sign: float = -1, swap_lam: bool = False):
+    """Interval splitting written out, to plant a mistake in it."""
+    def loss(u, z_t: Tensor, r: Tensor, t: Tensor, lam: Tensor, y: Tensor) -> Tensor:
+        s = (1 - lam) * t + lam * r
+        u_st = u(z_t, s, t, y)
+        u_rs = u(z_t + first_step_sign * pad_like(t - s, z_t) * u_st, r, s, y)
+        weight = pad_like(1 - lam if swap_lam else lam, z_t)
+        return squared_error(u(z_t, r, t, y), (1 - weight) * u_rs + weight * u_st)
+
+    return loss
+
+
+def test_written_out_splitting_is_the_same():
+    z_t, r, t, lam, y = batch()
+    assert splitting_with()(ORACLE.u, z_t, r, t, lam, y).max() < 1e-20
+
+
+@pytest.mark.parametrize(
+    ("u", "loss"),
+    [
+        pytest.param(length_for_r, interval_splitting_loss, id="t - r passed for r"),
+        pytest.param(exchanged_times, interval_splitting_loss, id="r and t exchanged"),
+        pytest.param(lambda z, r, t, y: -ORACLE.u(z, r, t, y), interval_splitting_loss, id="wrong sign of u"),
+        pytest.param(ORACLE.u, splitting_with(first_step_sign=+1), id="first leg steps towards noise"),
+        pytest.param(ORACLE.u, splitting_with(swap_lam=True), id="lam exchanged with 1 - lam"),
+    ],
+)
+def test_classic_mistakes_are_seen(u, loss):
+    z_t, r, t, lam, y = batch()
+    assert loss(u, z_t, r, t, lam, y).mean() > 1e-3
+
+
+def test_classic_mistakes_are_seen_by_the_boundary():
+    z_t, _, t, _, y = batch()
+    for u in (lambda z, r, t, y: -ORACLE.u(z, r, t, y), lambda z, r, t, y: ORACLE.u(z, 0 * r, t, y)):
+        assert boundary_loss(u, ORACLE.v, z_t, t, y).mean() > 1e-3
+
+
+def test_flow_matching_loss_is_least_at_the_oracle():
+    draw = torch.Generator().manual_seed(2)
+    x = ORACLE.sd * torch.randn(20_000, 1, 2, 2, generator=draw, dtype=torch.float64)
+    eps = torch.randn(x.shape, generator=draw, dtype=torch.float64)
+    t, y = torch.rand(len(x), generator=draw, dtype=torch.float64), torch.zeros(len(x), dtype=torch.long)
+    best = flow_matching_loss(ORACLE.v, x, eps, t, y).mean()
+    for factor in (0.9, 1.1, -1.0):
+        assert flow_matching_loss(lambda z, t, y, f=factor: f * ORACLE.v(z, t, y), x, eps, t, y).mean() > best
+    assert flow_matching_loss(lambda z, t, y: ORACLE.v(z, 1 - t, y), x, eps, t, y).mean() > best + 0.1       # time reversed
+
+
+class Linear(torch.nn.Module):
+    """A trainable u, to see where gradients go."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64))
+
+    def forward(self, z, r, t, y):
+        return z * (self.w[0] + self.w[1] * pad_like(r, z) + self.w[2] * pad_like(t, z))
+
+
+@pytest.mark.parametrize("anchored", [True, False])
+def test_student_loss_is_the_two_losses(anchored):
+    z_t, r, t, lam, y = batch()
+    u, n = Linear(), 24
+    parts = student_loss(u, u, ORACLE.v, z_t, r, t, lam, y, n, anchored)
+    expected = boundary_loss(u, ORACLE.v, z_t[:n], t[:n], y[:n])
+    rest = (z_t[n:], r[n:], t[n:], lam[n:], y[n:])
+    splitting = anchored_splitting_loss(u, ORACLE.v, *rest) if anchored else interval_splitting_loss(u, *rest)
+    torch.testing.assert_close(parts.boundary, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(parts.splitting, splitting, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("anchored", [True, False])
+def test_gradient_reaches_only_the_prediction(anchored):
+    """The gradient equals that of the squared error to a constant; teacher and target network get none."""
+    z_t, r, t, lam, y = batch()
+    u, target_network, teacher = Linear(), Linear(), Linear()
+    v = lambda z, t, y: teacher(z, t, t, y)                                                  # noqa: E731
+    parts = student_loss(u, target_network, v, z_t, r, t, lam, y, 24, anchored)
+    torch.cat(parts).mean().backward()
+    assert teacher.w.grad is None and target_network.w.grad is None
+    r = torch.cat([t[:24], r[24:]])
+    constant = torch.cat([v(z_t, t, y)[:24], splitting_target(
+        target_network, z_t, r, t, lam, y, u_st=v(z_t, t, y).detach() if anchored else None)[24:]]).detach()
+    scale = torch.cat([torch.ones(24), lam[24:] if anchored else torch.ones(40)]).double()
+    again = Linear()
+    (squared_error(again(z_t, r, t, y), constant) / scale**2).mean().backward()
+    torch.testing.assert_close(u.w.grad, again.w.grad, rtol=1e-10, atol=0)
+
+
+def test_adaptive_weight():
+    loss = torch.tensor([0.0, 0.5, 4.0], dtype=torch.float64, requires_grad=True)
+    assert torch.equal(adaptive_weight(loss, 0), loss)
+    weighted = adaptive_weight(loss, 0.75)
+    weighted.sum().backward()
+    torch.testing.assert_close(loss.grad, (loss.detach() + 1e-3) ** -0.75)      # the weight itself carries no gradient

@@ -1,0 +1,179 @@
+"""Stage 2 on CIFAR-10 or your own images: a few-step student u(z, r, t, y) by SplitMeanFlow (arXiv 2507.16884).
+
+    python train_student.py                             from the newest CIFAR-10 teacher in results/, else the released one
+    python train_student.py --data photos.zip --image-size 64           from the newest teacher of these images
+    python train_student.py --split self --lam-law uniform --adaptive-power 0        Algorithm 1 to the letter
+
+The teacher's guidance is learned by the student, which samples in 1, 2 or 4 evaluations without any.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from timm.utils import ModelEmaV3
+from torch.nn.utils import clip_grad_norm_
+
+from models import DiT, student_from_teacher
+from utils import distributed, recipes
+from utils.checkpoints import load_network, read_latest
+from utils.config import RunConfig, parse_config, require, to_dict
+from utils.data import Batches, check_guidance, load_images
+from utils.flow import interpolate
+from utils.guidance import guided_velocity
+from utils.interrupt import StopRequest
+from utils.losses import adaptive_weight, student_loss
+from utils.meter import Meter
+from utils.optim import Optimizer
+from utils.pictures import sample_labels
+from utils.run_log import Run
+from utils.sampling import sample_average_velocity
+from utils.schedules import learning_rate_factor
+from utils.seeding import fold, generator
+from utils.teachers import check_teacher, find_teacher
+from utils.times import LAM_LAWS, draw_intervals, draw_lam, draw_times, parse_law
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    data: str = "cifar10"                       # mnist, cifar10, digits, or the path of a folder or zip of images
+    teacher: str | None = None                  # file, checkpoint or run folder; None: newest matching run, else the released one
+    model: str | None = None                    # the student has its teacher's size; if given, it must be that
+    steps: int = 10_000                         # updates in all
+    optimizer: Literal["muon", "adamw"] = "muon"    # muon: Muon for the blocks' matrices, AdamW for the rest
+    lr: float = 5e-4                            # learning rate of AdamW
+    muon_lr: float = 0.01                       # learning rate of Muon
+    weight_decay: float = 0.0                   # decoupled
+    warmup_steps: int = 100                     # linear warm-up of the learning rates
+    decay_share: float = 0.4                    # last share of the steps, in which they fall linearly to zero
+    max_grad_norm: float = 1.0                  # gradients are clipped to this norm
+    ema_decay: float = 0.9995                   # of the averaged weights, which are what is sampled and released
+    guidance_scale: float = 1.5                 # of the teacher's velocity; 1 is none
+    guidance_interval: tuple[float, float] = (0.0, 1.0)     # times at which the teacher is guided
+    boundary_share: float = 0.5                 # of each batch: boundary condition; the rest: interval splitting
+    split: Literal["anchored", "self"] = "anchored"         # first leg u_st: the teacher's velocity, or the student's own
+    lam_law: str = "anneal(0.3, 0.05, 0.8)"     # where to split: uniform, constant(c), or anneal(start, end, share of steps)
+    t_law: str = "logit-normal(-0.6, 1.6)"      # draws of t: uniform, or logit-normal(loc, scale)
+    r_law: str = "logit-normal(-4, 1.6)"        # draws of r, likewise
+    pinned_share: float = 0.15                  # of the intervals: pinned at those sampled at test time
+    pinned_steps: tuple[int, ...] = (1, 2)      # the numbers of steps whose intervals these are
+    adaptive_power: float = 0.75                # p of the adaptive weight 1 / (loss + 0.001)^p; 0 is the plain loss
+    target: Literal["online", "ema"] = "online" # network that makes the splitting targets: the student, or a fast EMA of it
+    target_decay: float = 0.95                  # of that EMA
+    num_steps: tuple[int, ...] = (1, 2, 4)      # sampling steps of the sample grids; the GIF takes the most
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for law in (self.t_law, self.r_law):
+            parse_law(law)
+        parse_law(self.lam_law, LAM_LAWS)
+        for field in ("lr", "muon_lr", "max_grad_norm"):
+            require(self, field, getattr(self, field) > 0, "above 0")
+        for field in ("ema_decay", "target_decay", "decay_share"):
+            require(self, field, 0 <= getattr(self, field) < 1, "in [0, 1)")
+        for field in ("boundary_share", "pinned_share"):
+            require(self, field, 0 <= getattr(self, field) <= 1, "in [0, 1]")
+        low, high = self.guidance_interval
+        require(self, "guidance_interval", 0 <= low <= high <= 1, "two times, 0 <= low <= high <= 1")
+        for field in ("num_steps", "pinned_steps"):
+            require(self, field, len(getattr(self, field)) > 0 and min(getattr(self, field)) >= 1, "one or more counts, each at least 1")
+        require(self, "warmup_steps", self.warmup_steps >= 0, "at least 0")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    cfg = parse_config(Config, argv, __doc__, recipes.STUDENT)
+    ranks = distributed.start(cfg.device)
+    device = ranks.device
+    num_boundary = round(cfg.boundary_share * cfg.global_batch_size)       # a fixed count, so that shapes never change
+    if num_boundary % ranks.world_size:
+        raise ValueError(f"{num_boundary} boundary samples (--boundary-share x --global-batch-size) do not divide among "
+                         f"{ranks.world_size} processes")
+
+    # Data, teacher and student.
+    images = load_images(cfg.data, cfg.data_root, cfg.image_size, cfg.num_workers)
+    check_guidance(images, (cfg.guidance_scale,))
+    batches = Batches(images, cfg.global_batch_size, cfg.seed, ranks)
+    run = Run(cfg, "student", ranks)
+    kept = run.folder / "teacher.safetensors"
+    path = kept if kept.exists() else find_teacher(cfg.teacher, cfg.results_dir, cfg.data, images.shape[1])
+    teacher, teacher_metadata = load_network(path, DiT, device)
+    check_teacher(path, teacher_metadata, images, cfg.model)
+    torch.manual_seed(fold(cfg.seed, "weights"))            # alike on every rank
+    student = student_from_teacher(teacher)
+    ema = ModelEmaV3(student, decay=cfg.ema_decay, use_warmup=True, warmup_gamma=9, warmup_power=1, exclude_buffers=True)
+    target_ema = ModelEmaV3(student, decay=cfg.target_decay, exclude_buffers=True) if cfg.target == "ema" else None
+    optimizer = Optimizer(student, cfg.optimizer, cfg.lr, cfg.muon_lr, cfg.weight_decay)
+
+    # Go on where an earlier start of the same run stopped.
+    networks = {"ema": ema.module, "raw": student, **({"target": target_ema.module} if target_ema else {})}
+    done, seconds = 0, 0.0
+    if latest := read_latest(run.checkpoints, tuple(networks), run.note):
+        weights, training = latest
+        for name, network in networks.items():
+            network.load_state_dict(weights[name])
+        optimizer.load_state_dict(training["optimizer"])
+        done, seconds = training["step"], training["seconds"]
+    metadata = dict(kind="student", architecture=student.architecture, classes=images.classes, config=to_dict(cfg))
+    if cfg.compile and device.type == "cuda":
+        for network in (teacher, student, *([target_ema.module] if target_ema else [])):
+            network.compile(dynamic=False)
+    u_target = target_ema.module if target_ema else student
+    v = guided_velocity(teacher.velocity, teacher.null_class, cfg.guidance_scale, cfg.guidance_interval)
+
+    # Samples are always drawn from the same noise, so that progress can be watched.
+    sample_y = sample_labels(len(images.classes)).to(device)
+    sample_z = torch.randn(len(sample_y), *images.shape, generator=generator(device, cfg.seed, "samples"), device=device)
+    meter = Meter(["loss", "boundary", "splitting", "grad_norm"], ranks)
+    run.start(done, seconds)
+    run.keep_teacher(path)
+
+    with StopRequest() as stop, run:
+        for step in range(done + 1, cfg.steps + 1):         # `step` counts completed updates
+            draw = generator(device, cfg.seed, "step", step)
+            x, y = batches(step)                            # (B, C, H, W) in [-1, 1] and (B,), this rank's rows
+            eps = ranks.rows(torch.randn(cfg.global_batch_size, *images.shape, generator=draw, device=device))
+            t_boundary = draw_times(num_boundary, cfg.t_law, draw)
+            r, t = draw_intervals(cfg.global_batch_size - num_boundary, cfg.t_law, cfg.r_law, cfg.pinned_share, cfg.pinned_steps, draw)
+            lam = draw_lam(cfg.global_batch_size, cfg.lam_law, (step - 1) / cfg.steps, draw)
+            r, t, lam = (ranks.rows(times) for times in (torch.cat([t_boundary, r]), torch.cat([t_boundary, t]), lam))
+
+            with ranks.autocast():
+                parts = student_loss(student, u_target, v, interpolate(x, eps, t), r, t, lam, y,
+                                     num_boundary // ranks.world_size, cfg.split == "anchored")
+                loss = adaptive_weight(torch.cat(parts), cfg.adaptive_power).mean()
+            loss.backward()
+            ranks.average_gradients(student)
+            grad_norm = clip_grad_norm_(student.parameters(), cfg.max_grad_norm)
+            lr_factor = learning_rate_factor(step, cfg.steps, cfg.warmup_steps, cfg.decay_share)
+            optimizer.step(lr_factor, skip=meter.record(step, loss=loss, boundary=parts.boundary.mean(),
+                                                        splitting=parts.splitting.mean(), grad_norm=grad_norm))
+            optimizer.zero_grad()
+            ema.update(student, step)
+            if target_ema:
+                target_ema.update(student)
+            run.advance()
+
+            last = step == cfg.steps
+            stopping = run.asked_to_stop(step, stop)
+            sampling = last or step % cfg.sample_every == 0
+            saving = last or stopping or step % cfg.save_every == 0
+            if sampling or saving or step % cfg.log_every == 0:
+                run.scalars(step, **meter.read(), learning_rate=cfg.lr * lr_factor)     # raises if anything is not finite
+            if sampling and ranks.is_main:
+                with run.paused(), ranks.autocast():
+                    for num_steps in cfg.num_steps:
+                        trajectory = sample_average_velocity(ema.module, sample_z, sample_y, num_steps, trajectory=True)
+                        run.images(step, f"{num_steps}step", trajectory[-1])
+                        if num_steps == max(cfg.num_steps):
+                            run.gif(step, f"trajectory_{num_steps}step", trajectory)
+            if saving:
+                with run.paused():
+                    run.save(step, networks, dict(optimizer=optimizer.state_dict(), seconds=run.seconds), metadata)
+            if stopping:
+                break
+    run.leave(step, stop)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Stage 1 on CIFAR-10 or your own images: a flow-matching teacher v(z, t, y), with labels dropped so that it can be guided.
+
+    python train_teacher.py                             CIFAR-10, one GPU
+    python train_teacher.py --data photos.zip --image-size 64           a folder or zip of images, in class folders or not
+    torchrun --nproc-per-node=8 train_teacher.py        eight GPUs, the same global batch
+
+Everything goes to results/<name>/. The same command continues a run that was stopped.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from timm.utils import ModelEmaV3
+from torch.nn.utils import clip_grad_norm_
+
+from models import DiT
+from utils import distributed, recipes
+from utils.checkpoints import read_latest
+from utils.config import RunConfig, parse_config, require, to_dict
+from utils.data import Batches, check_guidance, load_images
+from utils.guidance import drop_labels, guided_velocity
+from utils.interrupt import StopRequest
+from utils.losses import flow_matching_loss
+from utils.meter import Meter
+from utils.optim import Optimizer
+from utils.pictures import sample_labels
+from utils.run_log import Run
+from utils.sampling import sample_velocity
+from utils.schedules import learning_rate_factor
+from utils.seeding import fold, generator
+from utils.times import draw_times, parse_law
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
+    data: str = "cifar10"                       # mnist, cifar10, digits, or the path of a folder or zip of images
+    model: str = "DiT-S/2"                      # DiT-Nano, Ti, S, B, L or XL, and /2, /4 or /8 for the patch size
+    steps: int = 20_000                         # updates in all
+    optimizer: Literal["muon", "adamw"] = "muon"    # muon: Muon for the blocks' matrices, AdamW for the rest
+    lr: float = 1e-3                            # learning rate of AdamW
+    muon_lr: float = 0.02                       # learning rate of Muon
+    weight_decay: float = 0.0                   # decoupled
+    warmup_steps: int = 100                     # linear warm-up of the learning rates
+    decay_share: float = 0.4                    # last share of the steps, in which they fall linearly to zero
+    max_grad_norm: float = 1.0                  # gradients are clipped to this norm
+    ema_decay: float = 0.9995                   # of the averaged weights, which are what is sampled and released
+    t_law: str = "logit-normal(0, 1)"           # draws of t: uniform, or logit-normal(loc, scale)
+    label_dropout: float = 0.1                  # share of labels replaced by "no class"
+    guidance_scale: tuple[float, ...] = (1.0, 2.5, 5.0)     # of the sample grids; the GIF takes the middle one
+    sample_steps: int = 25                      # Euler steps of the sample grids
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_law(self.t_law)
+        for field in ("lr", "muon_lr", "max_grad_norm"):
+            require(self, field, getattr(self, field) > 0, "above 0")
+        for field in ("label_dropout", "ema_decay", "decay_share"):
+            require(self, field, 0 <= getattr(self, field) < 1, "in [0, 1)")
+        require(self, "guidance_scale", len(self.guidance_scale) > 0, "one or more numbers")
+        require(self, "sample_steps", self.sample_steps >= 1, "at least 1")
+        require(self, "warmup_steps", self.warmup_steps >= 0, "at least 0")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    cfg = parse_config(Config, argv, __doc__, recipes.TEACHER)
+    ranks = distributed.start(cfg.device)
+    device = ranks.device
+
+    # Data and network.
+    images = load_images(cfg.data, cfg.data_root, cfg.image_size, cfg.num_workers)
+    check_guidance(images, cfg.guidance_scale)
+    batches = Batches(images, cfg.global_batch_size, cfg.seed, ranks)
+    torch.manual_seed(fold(cfg.seed, "weights"))            # alike on every rank
+    network = DiT(cfg.model, images.shape[1], images.shape[0], len(images.classes)).to(device)
+    ema = ModelEmaV3(network, decay=cfg.ema_decay, use_warmup=True, warmup_gamma=9, warmup_power=1, exclude_buffers=True)
+    optimizer = Optimizer(network, cfg.optimizer, cfg.lr, cfg.muon_lr, cfg.weight_decay)
+
+    # Run folder; go on where an earlier start of the same run stopped.
+    run = Run(cfg, "teacher", ranks)
+    networks = {"ema": ema.module, "raw": network}
+    done, seconds = 0, 0.0
+    if latest := read_latest(run.checkpoints, tuple(networks), run.note):
+        weights, training = latest
+        for name in networks:
+            networks[name].load_state_dict(weights[name])
+        optimizer.load_state_dict(training["optimizer"])
+        done, seconds = training["step"], training["seconds"]
+    metadata = dict(kind="teacher", architecture=network.architecture, classes=images.classes, config=to_dict(cfg))
+    if cfg.compile and device.type == "cuda":
+        network.compile(dynamic=False)
+
+    # Samples are always drawn from the same noise, so that progress can be watched.
+    sample_y = sample_labels(len(images.classes)).to(device)
+    sample_z = torch.randn(len(sample_y), *images.shape, generator=generator(device, cfg.seed, "samples"), device=device)
+    meter = Meter(["loss", "grad_norm"], ranks)
+    run.start(done, seconds)
+
+    with StopRequest() as stop, run:
+        for step in range(done + 1, cfg.steps + 1):         # `step` counts completed updates
+            draw = generator(device, cfg.seed, "step", step)
+            x, y = batches(step)                            # (B, C, H, W) in [-1, 1] and (B,), this rank's rows
+            eps = ranks.rows(torch.randn(cfg.global_batch_size, *images.shape, generator=draw, device=device))
+            t = ranks.rows(draw_times(cfg.global_batch_size, cfg.t_law, draw))
+            coin = ranks.rows(torch.rand(cfg.global_batch_size, generator=draw, device=device))
+            y = drop_labels(y, network.null_class, cfg.label_dropout, coin)
+
+            with ranks.autocast():
+                loss = flow_matching_loss(network.velocity, x, eps, t, y).mean()
+            loss.backward()
+            ranks.average_gradients(network)
+            grad_norm = clip_grad_norm_(network.parameters(), cfg.max_grad_norm)
+            lr_factor = learning_rate_factor(step, cfg.steps, cfg.warmup_steps, cfg.decay_share)
+            optimizer.step(lr_factor, skip=meter.record(step, loss=loss, grad_norm=grad_norm))
+            optimizer.zero_grad()
+            ema.update(network, step)
+            run.advance()
+
+            last = step == cfg.steps
+            stopping = run.asked_to_stop(step, stop)
+            sampling = last or step % cfg.sample_every == 0
+            saving = last or stopping or step % cfg.save_every == 0
+            if sampling or saving or step % cfg.log_every == 0:
+                run.scalars(step, **meter.read(), learning_rate=cfg.lr * lr_factor)     # raises if anything is not finite
+            if sampling and ranks.is_main:
+                with run.paused(), ranks.autocast():
+                    for scale in cfg.guidance_scale:
+                        v = guided_velocity(ema.module.velocity, network.null_class, scale)
+                        trajectory = sample_velocity(v, sample_z, sample_y, cfg.sample_steps, trajectory=True)
+                        run.images(step, f"cfg{scale}", trajectory[-1])
+                        if scale == sorted(cfg.guidance_scale)[len(cfg.guidance_scale) // 2]:
+                            run.gif(step, f"trajectory_cfg{scale}", trajectory)
+            if saving:
+                with run.paused():
+                    run.save(step, networks, dict(optimizer=optimizer.state_dict(), seconds=run.seconds), metadata)
+            if stopping:
+                break
+    run.leave(step, stop)
+
+
+if __name__ == "__main__":
+    main()
