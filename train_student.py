@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     metadata = dict(kind="student", architecture=student.architecture, classes=images.classes, config=to_dict(cfg))
     if cfg.compile and device.type == "cuda":
         for network in (teacher, student, *([target_ema.module] if target_ema else [])):
-            network.compile(dynamic=False)
+            network.compile_blocks()
     u_target = target_ema.module if target_ema else student
     v = guided_velocity(teacher.velocity, teacher.null_class, cfg.guidance_scale, cfg.guidance_interval)
 

@@ -40,7 +40,7 @@ class Config(RunConfig):
     data: str = "mnist"                         # mnist, cifar10, digits, or the path of a folder or zip of images
     teacher: str | None = None                  # file, checkpoint or run folder; None: newest matching run, else the released one
     model: str | None = None                    # the student has its teacher's size; if given, it must be that
-    steps: int = 4_000                          # updates in all
+    steps: int = 3_600                          # updates in all
     optimizer: Literal["muon", "adamw"] = "muon"    # muon: Muon for the blocks' matrices, AdamW for the rest
     lr: float = 5e-4                            # learning rate of AdamW
     muon_lr: float = 0.01                       # learning rate of Muon
@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     metadata = dict(kind="student", architecture=student.architecture, classes=images.classes, config=to_dict(cfg))
     if cfg.compile and device.type == "cuda":
         for network in (teacher, student, *([target_ema.module] if target_ema else [])):
-            network.compile(dynamic=False)
+            network.compile_blocks()
     u_target = target_ema.module if target_ema else student
     v = guided_velocity(teacher.velocity, teacher.null_class, cfg.guidance_scale, cfg.guidance_interval)
 

@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         done, seconds = training["step"], training["seconds"]
     metadata = dict(kind="teacher", architecture=network.architecture, classes=images.classes, config=to_dict(cfg))
     if cfg.compile and device.type == "cuda":
-        network.compile(dynamic=False)
+        network.compile_blocks()
 
     # Samples are always drawn from the same noise, so that progress can be watched.
     sample_y = sample_labels(len(images.classes)).to(device)

@@ -62,7 +62,7 @@ def rotary_table(grid_size: int, head_dim: int) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + hd/2]) by its patch's angle. x: (B, heads, T, hd); cos, sin: (T, hd/2)."""
+    """Turn each pair (x[i], x[i + hd/2]) by its patch's angle. x: (B, T, heads, hd); cos, sin: (T, hd/2)."""
     a, b = x.chunk(2, dim=-1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)               # (T, 1, hd/2)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)

@@ -27,7 +27,7 @@ class RunConfig:
     global_batch_size: int = 512                # images an update, over all processes
     seed: int = 0                               # of everything random
     device: str = "auto"                        # auto, cuda, cpu
-    compile: bool = True                        # torch.compile the networks (on CUDA only)
+    compile: bool = True                        # torch.compile the networks' blocks (on CUDA only)
     results_dir: str = "results"                # run folders are made in here
     name: str | None = None                     # run folder; None: stage and data set, such as teacher-mnist
     log_every: int = 50                         # updates between log lines, the only moments that wait for the GPU

@@ -12,7 +12,7 @@ TEACHER = {
 }
 
 STUDENT = {
-    "mnist": dict(steps=4_000, global_batch_size=512, guidance_scale=2.0),
+    "mnist": dict(steps=3_600, global_batch_size=512, guidance_scale=2.0),
     "cifar10": dict(steps=10_000, global_batch_size=512, guidance_scale=1.5),
     "path": dict(steps=10_000, global_batch_size=512, guidance_scale=1.5),
     "digits": dict(steps=250, global_batch_size=128, guidance_scale=2.5, warmup_steps=30, ema_decay=0.98, sample_every=250,

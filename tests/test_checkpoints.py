@@ -1,0 +1,318 @@
+import os
+import pickle
+import re
+import shutil
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from models import DiT
+from utils.checkpoints import CheckpointError, load_network, read_latest, resolve_weights, save_checkpoint, step_folders
+
+NAMES = ("ema", "raw")
+FULL = OSError(28, "No space left on device")
+
+
+ARCHITECTURE = dict(in_features=64, out_features=64)
+NETWORKS = {name: nn.Linear(**ARCHITECTURE) for name in NAMES}              # small: most tests are about files
+
+
+def training(step: int) -> dict:
+    return {"optimizer": {"state": {0: {"momentum": torch.full((3,), float(step))}}, "lr": 0.1}, "seconds": 1.5}
+
+
+def save(folder: Path, step: int, keep: int = 9) -> Path:
+    return save_checkpoint(folder, step, NETWORKS, training(step), dict(kind="teacher", architecture=ARCHITECTURE), keep)
+
+
+@pytest.fixture
+def three(tmp_path) -> Path:
+    """A folder with the checkpoints of steps 1, 2 and 3."""
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    return tmp_path
+
+
+def same(weights: dict, others: dict) -> bool:
+    return weights.keys() == others.keys() and all(torch.equal(weights[key], others[key]) for key in weights)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def truncate(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def no_warning(text: str) -> None:
+    raise AssertionError(f"warned: {text}")
+
+
+# Round trip.
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_file_rebuilds_the_network(tmp_path, name):
+    networks = {"ema": DiT("DiT-Nano/8", 8, 1, 3), "raw": DiT("DiT-Nano/8", 8, 1, 3, interval=True, modulation_rank=5)}
+    for weight in (weight for network in networks.values() for weight in network.parameters()):
+        nn.init.normal_(weight)                             # no two alike: none can be lost or exchanged unseen
+    metadata = dict(kind="teacher", architecture=networks[name].architecture, classes=["a", "b", "ü"],
+                    config={"steps": 10, "guidance_scale": [1.0, 2.5], "name": None})
+    path = save_checkpoint(tmp_path, 7, networks, training(7), metadata, keep=1)
+    loaded, found = load_network(path / f"{name}.safetensors", DiT)
+    assert same(loaded.state_dict(), networks[name].state_dict())
+    assert found == {**metadata, "step": 7, "weights": name}
+
+
+def test_loaded_network_is_for_use_not_for_training(tmp_path):
+    loaded, _ = load_network(save(tmp_path, 7), nn.Linear)
+    assert not loaded.training and not any(weight.requires_grad for weight in loaded.parameters())
+
+
+def test_read_latest_returns_what_was_saved(three):
+    weights, found = read_latest(three, NAMES, no_warning)
+    for name in NAMES:
+        assert same(weights[name], NETWORKS[name].state_dict())
+    assert found["step"] == 3 and found["seconds"] == 1.5
+    assert torch.equal(found["optimizer"]["state"][0]["momentum"], torch.full((3,), 3.0))
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["empty folder", "no folder"])
+def test_no_checkpoint_is_none(tmp_path, there):
+    assert read_latest(tmp_path if there else tmp_path / "none", NAMES, no_warning) is None
+
+
+def test_newest_ones_are_kept(tmp_path):
+    for step in (1, 2, 30, 4):                              # 4 after 30: newest by step
+        save(tmp_path, step, keep=2)
+    assert names(tmp_path) == ["step_00000004", "step_00000030"]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "step_00000001/stale").write_text("")
+    save(tmp_path, 1)
+    assert names(tmp_path / "step_00000001") == ["ema.safetensors", "raw.safetensors", "training.pt"]
+
+
+# Crashes while writing.
+
+def killed_while_writing(folder: Path, step: int) -> Path:
+    """What a process that was killed in the middle of a save leaves behind."""
+    leftover = folder / f".step_{step:08d}.writing"
+    leftover.mkdir()
+    (leftover / "ema.safetensors").write_bytes((folder / "step_00000003/ema.safetensors").read_bytes())
+    (leftover / ".raw.safetensors.writing").write_bytes(b"half")
+    return leftover
+
+
+def test_killed_process_leaves_the_earlier_checkpoint(three):
+    killed_while_writing(three, 9)
+    assert read_latest(three, NAMES, no_warning)[1]["step"] == 3
+    assert resolve_weights(three) == three / "step_00000003/ema.safetensors"
+
+
+def test_leftovers_are_cleaned_by_the_next_save(three):
+    leftovers = [killed_while_writing(three, step) for step in (4, 9)]          # of this very step, and of another
+    save(three, 4)
+    assert not any(leftover.exists() for leftover in leftovers)
+    assert read_latest(three, NAMES, no_warning)[1]["step"] == 4
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [("os", "replace"), ("torch", "save"), ("utils.checkpoints", "save_file"), ("utils.checkpoints", "flush")],
+)
+def test_full_disk_leaves_earlier_checkpoints_untouched(three, monkeypatch, place, name):
+    def fail(*_, **__):
+        raise FULL
+
+    before = contents(three)
+    monkeypatch.setattr(f"{place}.{name}", fail)
+    with pytest.raises(OSError, match="could not write checkpoint .*step_00000004 .*MiB free.*No space left on device"):
+        save(three, 4, keep=1)
+    monkeypatch.undo()
+    assert contents(three) == before
+    assert names(three) == ["step_00000001", "step_00000002", "step_00000003"]
+
+
+def test_full_disk_at_the_last_moment(three, monkeypatch):
+    """The files are written, the rename of the folder fails."""
+    before, replace = contents(three), os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: replace(a, b) if Path(a).is_file() else fail_with(FULL))
+    with pytest.raises(OSError, match="step_00000004"):
+        save(three, 4, keep=1)
+    assert contents(three) == before and len(names(three)) == 3
+
+
+def fail_with(error: Exception) -> None:
+    raise error
+
+
+def test_torch_save_on_a_full_disk(three, monkeypatch):
+    """torch.save reports it as RuntimeError; callers see OSError all the same."""
+    monkeypatch.setattr(torch, "save", lambda *_, **__: fail_with(RuntimeError("[enforce fail] unexpected pos 64 vs 0")))
+    with pytest.raises(OSError, match="step_00000004.*unexpected pos"):
+        save(three, 4)
+    assert len(names(three)) == 3
+
+
+# Bad checkpoints.
+
+class Exploit:
+    """Unpickling it would create a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def harm(folder: Path, how: str) -> str:
+    """Harm the checkpoint in `folder`; the name of the bad file."""
+    name, _, harm = how.partition(" ")
+    file = folder / name
+    if harm == "missing":
+        file.unlink()
+    elif harm == "torch pickle":
+        torch.save({"step": 3, "optimizer": Exploit(folder / "executed")}, file)
+    elif harm == "plain pickle":
+        file.write_bytes(pickle.dumps(Exploit(folder / "executed"), protocol=2))
+    elif harm == "foreign":
+        save_file({"weight": torch.zeros(3)}, file)
+    else:
+        size = file.stat().st_size
+        truncate(file, {"empty": 0, "header": 6, "half": size // 2, "last byte": size - 1}[harm])
+    return name
+
+
+HARMS = [f"{name} {harm}" for name in ("ema.safetensors", "raw.safetensors", "training.pt")
+         for harm in ("empty", "header", "half", "last byte", "missing")]
+HARMS += ["ema.safetensors foreign", "training.pt torch pickle", "training.pt plain pickle"]
+
+
+@pytest.mark.parametrize("how", HARMS)
+def test_bad_newest_checkpoint_is_set_aside(three, how):
+    """The previous one is returned, the bad and the good one are named, and nothing is deleted."""
+    bad = harm(three / "step_00000003", how)
+    before, warnings = contents(three / "step_00000003"), []
+    weights, found = read_latest(three, NAMES, warnings.append)
+    assert found["step"] == 2 and weights.keys() == set(NAMES)
+    assert names(three) == ["step_00000001", "step_00000002", "step_00000003.bad"]
+    assert contents(three / "step_00000003.bad") == before
+    (warning,) = warnings
+    assert f"step_00000003/{bad}" in warning and f"{three}/step_00000002" in warning
+
+
+@pytest.mark.parametrize("how", ["torch pickle", "plain pickle"])
+def test_foreign_pickle_is_not_executed(three, how):
+    harm(three / "step_00000003", f"training.pt {how}")
+    executed = three / "step_00000003/executed"
+    with suppress(RuntimeError):
+        torch.load(three / "step_00000003/training.pt", weights_only=False)
+    executed.unlink()                                       # it is there: the pickle is a live one
+    read_latest(three, NAMES, lambda _: None)
+    assert not executed.exists() and not (three / "step_00000003.bad/executed").exists()
+
+
+def test_two_bad_ones_are_both_set_aside(three):
+    harm(three / "step_00000003", "ema.safetensors half")
+    harm(three / "step_00000002", "training.pt missing")
+    warnings = []
+    assert read_latest(three, NAMES, warnings.append)[1]["step"] == 1
+    assert names(three) == ["step_00000001", "step_00000002.bad", "step_00000003.bad"]
+    assert len(warnings) == 2 and all("step_00000001" in warning for warning in warnings)
+
+
+def test_all_bad_is_an_error_that_names_each(three):
+    for step in (1, 2, 3):
+        harm(three / f"step_0000000{step}", "raw.safetensors half")
+    with pytest.raises(CheckpointError, match="no checkpoint in .* is good: .*step_00000003.*step_00000002.*step_00000001"):
+        read_latest(three, NAMES, no_warning)
+    assert names(three) == ["step_00000001", "step_00000002", "step_00000003"]
+
+
+def test_run_goes_on_over_a_bad_one(three):
+    """Set aside twice at the same step, with a good save in between."""
+    for _ in range(2):
+        harm(three / "step_00000003", "ema.safetensors half")
+        assert read_latest(three, NAMES, lambda _: None)[1]["step"] == 2
+        save(three, 3)
+        assert read_latest(three, NAMES, no_warning)[1]["step"] == 3
+
+
+# Loading by path.
+
+@pytest.mark.parametrize("size", [0, 6, 10_000, -1])
+def test_torn_file_offers_the_previous_one(three, size):
+    torn = three / "step_00000003/ema.safetensors"
+    truncate(torn, size)
+    previous = three / "step_00000002"
+    with pytest.raises(CheckpointError, match=f"{re.escape(str(torn))} is torn.*previous one is {re.escape(str(previous))}$"):
+        load_network(three, nn.Linear)
+    assert load_network(previous, nn.Linear)[1]["step"] == 2
+
+
+def test_torn_first_file_offers_none(three):
+    torn = three / "step_00000001/ema.safetensors"
+    truncate(torn, 100)
+    with pytest.raises(CheckpointError, match="is torn") as raised:
+        load_network(torn, nn.Linear)
+    assert "previous" not in str(raised.value)
+
+
+def test_foreign_safetensors_is_refused(three):
+    foreign = three / "foreign.safetensors"
+    save_file(load_file(three / "step_00000003/ema.safetensors"), foreign)      # the right weights, no metadata
+    with pytest.raises(CheckpointError, match="foreign.safetensors is no checkpoint of this project"):
+        load_network(foreign, nn.Linear)
+
+
+def test_no_safetensors_at_all(tmp_path):
+    (tmp_path / "model.pt").write_text("no checkpoint")
+    with pytest.raises(CheckpointError, match="model.pt is torn or no safetensors"):
+        load_network(tmp_path / "model.pt", nn.Linear)
+
+
+def test_weights_must_fit_strictly(three):
+    """A network that lacks one of the file's weights is refused."""
+    with pytest.raises(RuntimeError, match="Unexpected key.*bias"):
+        load_network(three, partial(nn.Linear, bias=False))
+
+
+def test_resolve_weights(tmp_path):
+    for step in (1, 2):
+        save(tmp_path / "run/checkpoints", step)
+    first, newest = (tmp_path / f"run/checkpoints/step_0000000{step}/ema.safetensors" for step in (1, 2))
+    assert resolve_weights(first) == first                                      # a file
+    assert resolve_weights(str(first.parent)) == first                          # a checkpoint folder
+    assert resolve_weights(first.with_name("raw.safetensors")) == first.with_name("raw.safetensors")
+    assert resolve_weights(tmp_path / "run") == newest                          # a run folder
+    assert resolve_weights(tmp_path / "run/checkpoints") == newest
+
+
+def test_resolve_weights_passes_over_bad_and_unfinished_ones(three):
+    shutil.copytree(three / "step_00000003", three / "step_00000004.bad")
+    killed_while_writing(three, 9)
+    assert resolve_weights(three) == three / "step_00000003/ema.safetensors"
+    assert [path.name for path in step_folders(three)] == ["step_00000001", "step_00000002", "step_00000003"]
+
+
+def test_resolve_weights_of_an_empty_folder(tmp_path):
+    with pytest.raises(CheckpointError, match=f"{re.escape(str(tmp_path))} holds no checkpoint"):
+        resolve_weights(tmp_path)
+
+
+def test_resolve_weights_of_nothing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint at .*none"):
+        resolve_weights(tmp_path / "none")

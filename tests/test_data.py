@@ -1,0 +1,402 @@
+import io
+import re
+import zipfile
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image, features
+
+from utils.data import Batches, Images, check_guidance, load_images, to_pixels, to_range
+from utils.distributed import Ranks
+from utils.folders import load_folder
+
+RED, GREEN, BLUE, GRAY = (220, 20, 40), (20, 200, 60), (30, 60, 210), (128, 128, 128)
+
+
+def flat(colour, size=(24, 24), mode="RGB"):
+    return Image.new("RGB", size, colour).convert(mode)
+
+
+def save(path: Path, image: Image.Image, **options) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+
+
+def rotated_jpeg(path: Path) -> None:
+    """Red on the left as stored; the orientation tag asks the viewer to turn it, and then red is on top."""
+    image = flat(GREEN, (48, 48))
+    image.paste(RED, (0, 0, 24, 48))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(path, image, quality=95, subsampling=0, exif=exif)
+
+
+def gray16(values, path: Path) -> None:
+    save(path, Image.fromarray(np.asarray(values, dtype=np.uint16)))
+
+
+def centre(pixels):
+    return pixels[:, pixels.shape[1] // 2, pixels.shape[2] // 2].tolist()
+
+
+def zipped(path: Path, folder: Path, top: str = "", clutter: bool = False) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*"), reverse=True):                    # in another order than the sorted one
+            archive.write(file, f"{top}{file.relative_to(folder)}")
+            if clutter and file.is_file():
+                archive.writestr(f"__MACOSX/{top}{file.relative_to(folder).parent}/._{file.name}", b"no image")
+        if clutter:
+            archive.writestr(f"{top}.DS_Store", b"no image")
+    return path
+
+
+def photo(seed: int, size=(20, 12)) -> Image.Image:
+    draw = np.random.default_rng(seed)
+    return Image.fromarray(draw.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def class_folders(tmp_path) -> Path:
+    for i, name in enumerate(("cat/1.png", "cat/2.png", "dog/1.png", "owl/young/3.png")):
+        save(tmp_path / "photos" / name, photo(i))
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def loose_images(tmp_path) -> Path:
+    for i in range(3):
+        save(tmp_path / "photos" / f"{i}.png", photo(i))
+    return tmp_path / "photos"
+
+
+# Range.
+
+def test_every_pixel_value_survives_the_round_trip():
+    pixels = torch.arange(256, dtype=torch.uint8)
+    x = to_range(pixels)
+    assert (x.min(), x.max()) == (-1, 1)
+    assert torch.equal(to_pixels(x), pixels)
+
+
+def test_to_pixels_rounds_and_clips():
+    x = torch.tensor([-9.0, -1, 0.4 / 127.5 - 1, 0.6 / 127.5 - 1, 0.999, 1, 9])
+    assert to_pixels(x).tolist() == [0, 0, 0, 1, 255, 255, 255]
+
+
+# Named data sets.
+
+def test_digits():
+    images = load_images("digits")
+    assert (len(images), images.shape, images.pixels.dtype) == (1797, (1, 8, 8), torch.uint8)
+    assert images.classes == list("0123456789") and images.labels.bincount().min() >= 174
+    assert (images.pixels.min(), images.pixels.max()) == (0, 255)
+    assert not images.flip
+
+
+def test_digits_resized_keep_their_look():
+    """At twice the size, the mean of each block of four pixels follows the pixel that it came from."""
+    small, large = load_images("digits").pixels, load_images("digits", image_size=16).pixels
+    assert large.shape == (1797, 1, 16, 16)
+    blocks = torch.nn.functional.avg_pool2d(large.float(), 2)
+    assert torch.stack([blocks.flatten(), small.float().flatten()]).corrcoef()[0, 1] > 0.99
+
+
+def test_unknown_name_lists_what_is_allowed():
+    with pytest.raises(ValueError, match="--data mnits.*mnist, cifar10, digits.*folder or zip"):
+        load_images("mnits")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Error downloading train-images-idx3-ubyte.gz"), URLError("no route to host")])
+def test_without_a_network_the_message_offers_digits(monkeypatch, error):
+    def offline(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torchvision.datasets, "MNIST", offline)
+    with pytest.raises(ValueError, match="--data mnist.*here.*--data digits") as raised:
+        load_images("mnist", "here")
+    assert str(error) in str(raised.value)
+
+
+# A user's own images.
+
+def test_mixed_formats_in_class_folders(tmp_path):
+    """Sorted by class, then by name; transparent pixels are white, 16 bits are scaled, and the orientation tag is obeyed."""
+    save(tmp_path / "b/1.PNG", flat(GRAY, mode="L"))
+    save(tmp_path / "b/2.jpg", flat(RED), quality=95, subsampling=0)
+    save(tmp_path / "a/3.webp", flat(GREEN), lossless=True)
+    save(tmp_path / "a/4.gif", flat(BLUE, mode="P"))
+    save(tmp_path / "a/10.bmp", flat(BLUE))
+    save(tmp_path / "c/clear.png", Image.new("RGBA", (24, 24), (*RED, 0)))
+    save(tmp_path / "c/half.png", Image.new("RGBA", (24, 24), (0, 0, 0, 128)))
+    gray16(np.full((24, 24), 0x4321), tmp_path / "c/deep.png")
+    rotated_jpeg(tmp_path / "d/turned.jpeg")
+
+    pixels, labels, classes = load_folder(tmp_path, 8, 2)
+    assert classes == ["a", "b", "c", "d"] and labels.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 3]
+    expected = [BLUE, GREEN, BLUE, GRAY, RED, (255,) * 3, (0x43,) * 3, (127,) * 3]             # 10.bmp, 3.webp, 4.gif, ...
+    for image, colour in zip(pixels, expected):
+        assert centre(image) == pytest.approx(list(colour), abs=3)
+    turned = pixels[8].float()
+    torch.testing.assert_close(turned[:, 0].mean(1), torch.tensor(RED).float(), rtol=0, atol=12)
+    torch.testing.assert_close(turned[:, -1].mean(1), torch.tensor(GREEN).float(), rtol=0, atol=12)
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.bmp", "x.gif", "bit.png", "deep.png", "alpha.png"])
+def test_one_channel_if_every_image_is_gray(tmp_path, name):
+    mode = {"bit.png": "1", "alpha.png": "LA"}.get(name, "L")
+    if name == "deep.png":
+        gray16(np.full((24, 24), 0xFFFF), tmp_path / name)
+    else:
+        save(tmp_path / name, flat((255, 255, 255), mode=mode))
+    save(tmp_path / "y.png", flat(GRAY, mode="L"))
+    pixels, _, _ = load_folder(tmp_path, 8, 2)
+    assert pixels.shape[1] == 1 and pixels[0].min() == 255 and pixels[1].unique().tolist() == [128]
+
+
+def test_three_channels_if_one_image_has_colour(tmp_path):
+    save(tmp_path / "a.png", flat(GRAY, mode="L"))
+    save(tmp_path / "b.png", flat(RED))
+    pixels, _, _ = load_folder(tmp_path, 8, 2)
+    assert pixels[:, :, 4, 4].tolist() == [list(GRAY), list(RED)]
+
+
+def test_sixteen_bits_keep_their_upper_eight(tmp_path):
+    gray16(np.arange(256).reshape(16, 16) << 8 | 0x7F, tmp_path / "a.png")
+    pixels, _, _ = load_folder(tmp_path, 16, 1)
+    assert torch.equal(pixels.flatten(), torch.arange(256, dtype=torch.uint8))
+
+
+def test_transparent_palette_shows_white(tmp_path):
+    image = Image.new("P", (24, 24), 0)
+    image.putpalette([*RED, *GREEN])
+    save(tmp_path / "a.png", image, transparency=0)
+    assert centre(load_folder(tmp_path, 8, 1)[0][0]) == [255] * 3
+
+
+@pytest.mark.parametrize("size", [(90, 30), (30, 90)])
+def test_centre_crop(tmp_path, size):
+    """Of three squares in a row only the middle one is left, shrunk; the filter lets a trace of its neighbours in at the edge."""
+    image = flat(RED, size)
+    image.paste(BLUE, (30, 0, 60, 30) if size[0] > 30 else (0, 30, 30, 60))
+    save(tmp_path / "a.png", image)
+    pixels, _, _ = load_folder(tmp_path, 10, 1)
+    assert pixels.shape == (1, 3, 10, 10)
+    assert centre(pixels[0]) == pytest.approx(list(BLUE), abs=3)
+    assert (pixels[0] - torch.tensor(BLUE).view(3, 1, 1)).abs().max() < 30
+
+
+def test_path_has_size_32_unless_told(loose_images):
+    assert load_images(str(loose_images)).shape == (3, 32, 32)
+    assert load_images(str(loose_images), image_size=12).shape == (3, 12, 12)
+
+
+def test_folder_without_classes(loose_images):
+    images = load_images(str(loose_images), image_size=12)
+    assert images.classes == [] and images.labels.tolist() == [0, 0, 0]
+    assert images.flip
+
+
+def test_files_that_are_no_images_are_passed_over(loose_images):
+    pixels, _, _ = load_folder(loose_images, 8, 1)
+    for name in ("notes.txt", ".hidden.png", ".thumbnails/0.png", "__MACOSX/._0.png"):
+        (loose_images / name).parent.mkdir(exist_ok=True)
+        (loose_images / name).write_text("no image")
+    assert torch.equal(load_folder(loose_images, 8, 1)[0], pixels)
+
+
+def test_a_pdf_is_no_image(loose_images):
+    """Pillow writes PDF but does not read it."""
+    (loose_images / "paper.pdf").write_bytes(b"%PDF-1.4")
+    assert len(load_folder(loose_images, 8, 1)[0]) == 3
+
+
+@pytest.mark.parametrize("clutter", [False, True], ids=["clean", "clutter"])
+@pytest.mark.parametrize("top", ["", "top/", "top/photos/"])
+@pytest.mark.parametrize("kind", ["class_folders", "loose_images"])
+def test_zip_is_the_same_as_its_folder(request, tmp_path, kind, top, clutter):
+    folder = request.getfixturevalue(kind)
+    archive = zipped(tmp_path / "photos.zip", folder, top, clutter)
+    pixels, labels, classes = load_folder(folder, 8, 2)
+    found_pixels, found_labels, found_classes = load_folder(archive, 8, 2)
+    assert torch.equal(found_pixels, pixels)
+    assert torch.equal(found_labels, labels)
+    assert found_classes == classes
+
+
+def test_number_of_threads_does_not_matter(class_folders):
+    one, many = load_folder(class_folders, 8, 1), load_folder(class_folders, 8, 8)
+    assert torch.equal(one[0], many[0]) and torch.equal(one[1], many[1])
+
+
+# What a user can get wrong.
+
+def refused(path, match, size=8):
+    with pytest.raises(ValueError, match=match) as raised:
+        load_images(str(path), image_size=size)
+    return str(raised.value)
+
+
+def test_empty_folder(tmp_path):
+    (tmp_path / "notes.txt").write_text("no image")
+    refused(tmp_path, f"--data {re.escape(str(tmp_path))} holds no image.*png")
+
+
+def test_neither_folder_nor_zip(tmp_path):
+    (tmp_path / "photos.rar").write_bytes(b"Rar!")
+    refused(tmp_path / "photos.rar", r"photos\.rar is neither a folder nor a zip")
+
+
+def test_unreadable_image_is_named(class_folders):
+    (class_folders / "dog/broken.png").write_text("no image")
+    refused(class_folders, r"cannot read image .*dog/broken\.png")
+
+
+def encoded(kind: str) -> bytes:
+    buffer = io.BytesIO()
+    photo(0, (64, 64)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("in_zip", [False, True], ids=["folder", "zip"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+def test_truncated_image_is_named(class_folders, tmp_path, kind, in_zip):
+    content = encoded(kind)
+    (class_folders / f"dog/torn.{kind.lower()}").write_bytes(content[: len(content) // 2])
+    path = zipped(tmp_path / "photos.zip", class_folders) if in_zip else class_folders
+    refused(path, rf"cannot read image .*dog/torn\.{kind.lower()}")
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_damaged_avif_is_named(class_folders):
+    """Pillow's AVIF reader raises RuntimeError where others raise OSError."""
+    head, tail = encoded("AVIF").split(b"mdat")
+    (class_folders / "dog/torn.avif").write_bytes(head + b"mdat" + bytes(len(tail)))
+    refused(class_folders, r"cannot read image .*dog/torn\.avif")
+
+
+def test_damaged_member_of_a_zip_is_named(class_folders, tmp_path):
+    path = zipped(tmp_path / "photos.zip", class_folders)
+    with zipfile.ZipFile(path) as archive:
+        start = archive.getinfo("dog/1.png").header_offset + 100
+    content = bytearray(path.read_bytes())
+    content[start] ^= 0xFF
+    path.write_bytes(content)
+    refused(path, r"dog/1\.png")
+
+
+def test_loose_images_beside_class_folders(class_folders):
+    save(class_folders / "zebra.png", photo(9))
+    refused(class_folders, r"mixes class folders and loose images \(zebra\.png\)")
+
+
+@pytest.mark.parametrize("splits", [("train", "test"), ("train", "val"), ("Train", "Validation", "Test")])
+def test_splits_are_no_classes(tmp_path, splits):
+    """The message offers the training split."""
+    for split in splits:
+        save(tmp_path / split / "cat/1.png", photo(0))
+    message = refused(tmp_path, "splits and not classes")
+    assert message.endswith(f"use --data {tmp_path / splits[0]}")
+
+
+@pytest.mark.parametrize("in_zip", [False, True], ids=["folder in a folder", "zip"])
+def test_only_a_split_that_exists_is_offered(tmp_path, in_zip):
+    for split in ("train", "test"):
+        for number in range(2):
+            save(tmp_path / "photos/top" / split / f"cat/{number}.png", photo(number))
+    path = zipped(tmp_path / "photos.zip", tmp_path / "photos/top") if in_zip else tmp_path / "photos"
+    offer = re.search("use --data (.*)", refused(path, "splits and not classes"))
+    assert offer is None or Path(offer[1]).exists()
+
+
+def named(classes) -> Images:
+    return Images("photos", torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1).long(), classes, True)
+
+
+@pytest.mark.parametrize("classes", [[], ["cat"]])
+def test_guidance_needs_two_classes(classes):
+    with pytest.raises(ValueError, match=f"--guidance-scale 2.5: .*photos has {len(classes)}; use --guidance-scale 1"):
+        check_guidance(named(classes), (1.0, 2.5))
+    check_guidance(named(classes), (1.0,))
+    check_guidance(named(["cat", "dog"]), (1.0, 2.5))
+
+
+# Batches. Every image is flat but for its left column, so that its pixels tell which image it is and whether it was mirrored.
+
+def numbered(num: int, flip: bool = False) -> Images:
+    pixels = torch.arange(num, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, 1, 4, 4)
+    pixels[..., 0] = 255
+    return Images("numbered", pixels, torch.arange(num) % 7, [str(i) for i in range(7)], flip)
+
+
+def batches(images: Images, size: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> Batches:
+    return Batches(images, size, seed, Ranks(rank, world_size, torch.device("cpu")))
+
+
+def numbers(x) -> list[int]:
+    return to_pixels(x)[:, 0, 0, 1:3].amin(-1).tolist()
+
+
+def mirrored(x):
+    return x[:, 0, 0, -1] == 1
+
+
+@pytest.mark.parametrize("size", [4, 5, 12, 30])
+def test_every_epoch_is_a_permutation(size):
+    """Also where a batch straddles epochs, and where it is larger than the data set; labels stay with their images."""
+    stream, labels = [], []
+    draw = batches(numbered(12), size)
+    for step in range(1, 61):
+        x, y = draw(step)
+        assert len(x) == size
+        stream, labels = stream + numbers(x), labels + y.tolist()
+    epochs = [stream[i : i + 12] for i in range(0, len(stream) - 11, 12)]
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+    assert labels == [number % 7 for number in stream]
+
+
+def test_batch_depends_on_seed_and_step_alone():
+    """In any order of asking, and in a fresh object, as after resuming."""
+    images = numbered(20, flip=True)
+    forward = batches(images, 8)
+    expected = {step: forward(step) for step in range(1, 12)}
+    backward = batches(images, 8)
+    for step in reversed(range(1, 12)):
+        assert all(torch.equal(a, b) for a, b in zip(backward(step), expected[step]))
+    assert all(torch.equal(a, b) for a, b in zip(batches(images, 8)(7), expected[7]))
+    assert numbers(batches(images, 8, seed=1)(7)[0]) != numbers(expected[7][0])
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_the_batch_of_one_process(world_size):
+    images = numbered(50, flip=True)
+    for step in (1, 4, 9):
+        x, y = batches(images, 16)(step)
+        for rank in range(world_size):
+            x_rank, y_rank = batches(images, 16, rank=rank, world_size=world_size)(step)
+            assert torch.equal(x_rank, x[rank::world_size]) and torch.equal(y_rank, y[rank::world_size])
+
+
+def test_half_of_the_images_are_mirrored():
+    draw = batches(numbered(200, flip=True), 1000)
+    flags = torch.stack([mirrored(draw(step)[0]) for step in (1, 2, 3, 4)]).float()
+    assert flags.mean().item() == pytest.approx(0.5, abs=0.03)
+    assert flags.corrcoef().fill_diagonal_(0).abs().max() < 0.1             # fresh coins each step
+
+
+def test_without_flip_nothing_is_mirrored():
+    assert not mirrored(batches(numbered(200), 1000)(1)[0]).any()
+
+
+def test_batches_lie_in_the_models_range():
+    x, y = batches(load_images("digits"), 256)(1)
+    assert (x.dtype, x.min(), x.max(), y.dtype) == (torch.float32, -1, 1, torch.int64)
+
+
+def test_batch_must_divide_among_processes():
+    with pytest.raises(ValueError, match="--global-batch-size 9 is not divisible by 2"):
+        batches(numbered(20), 9, world_size=2)
