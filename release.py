@@ -1,4 +1,4 @@
-"""Make the file that is released from a run: its EMA weights in bfloat16, with the same metadata.
+"""Make the file that is released from a run: its EMA weights in bfloat16, with the run's metadata.
 
     python release.py results/student-mnist checkpoints/student-mnist.safetensors
 """
@@ -12,7 +12,7 @@ import torch
 import tyro
 
 from utils.checkpoints import read_weights, resolve_weights, write_weights
-from utils.config import parse_config
+from utils.config import FREE_FIELDS, parse_config
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if target.exists() and not cfg.replace:
         raise ValueError(f"{target} exists; use --replace True to overwrite it")
     weights, metadata = read_weights(resolve_weights(cfg.source))
+    metadata["config"] = {key: value for key, value in metadata["config"].items() if key not in FREE_FIELDS}    # folders and the like
     target.parent.mkdir(parents=True, exist_ok=True)
     write_weights(target, {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}, metadata)
     print(f"{target}: {metadata['kind']}, step {metadata['step']}, {target.stat().st_size / 1e6:.1f} MB")

@@ -11,6 +11,7 @@ for real test images are the floor. The classifier differs from call to call: co
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -121,10 +122,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for checkpoint in cfg.checkpoints:
         network, metadata = load_network(checkpoint, DiT, ranks.device)
         if metadata["kind"] == "student":
-            rows = [(f"{n} steps", lambda z, y, n=n, u=network: sample_average_velocity(u, z, y, n)) for n in (1, 2, 4)]
+            rows = [(f"{n} steps", partial(sample_average_velocity, network, num_steps=n)) for n in (1, 2, 4)]
         else:
-            rows = [(f"25 steps, guidance {w}", lambda z, y, n=25, v=guided_velocity(network.velocity, network.null_class, w):
-                     sample_velocity(v, z, y, n)) for w in cfg.guidance_scale]
+            guided = [(w, guided_velocity(network.velocity, network.null_class, w)) for w in cfg.guidance_scale]
+            rows = [(f"25 steps, guidance {w}", partial(sample_velocity, v, num_steps=25)) for w, v in guided]
         for name, sample in rows:
             results = []
             for seed in range(cfg.seeds):
@@ -133,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 for labels in y.split(1000):
                     z = torch.randn(len(labels), *images.shape, generator=noise, device=ranks.device)
                     with ranks.autocast():
-                        pixels.append(to_pixels(sample(z, labels.to(ranks.device))))
+                        pixels.append(to_pixels(sample(z=z, y=labels.to(ranks.device))))
                 accuracy, features = judge(classifier, torch.cat(pixels), y, ranks)
                 results.append([accuracy, frechet_distance(features, reference)])
             mean, spread = torch.tensor(results).mean(0), torch.tensor(results).std(0) if cfg.seeds > 1 else torch.zeros(2)

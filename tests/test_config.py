@@ -5,11 +5,11 @@ import re
 from pathlib import Path
 
 import pytest
+
 import train_student
 import train_student_mnist
 import train_teacher
 import train_teacher_mnist
-
 from utils import recipes
 from utils.config import FREE_FIELDS, differences, parse_config, to_dict
 

@@ -49,7 +49,7 @@ def to_pixels(x: Tensor) -> Tensor:
 
 def load_digits() -> tuple[Tensor, Tensor]:
     """The 1,797 handwritten 8x8 digits that scikit-learn carries (UCI, Alpaydin & Kaynak 1998)."""
-    from sklearn.datasets import load_digits as load       # only this data set needs scikit-learn
+    from sklearn.datasets import load_digits as load  # only this data set needs scikit-learn
 
     digits = load()
     return torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8)[:, None], torch.from_numpy(digits.target).long()

@@ -69,8 +69,9 @@ def decode(name: str, content: bytes, size: int) -> tuple[np.ndarray, bool]:
     """
     try:
         with Image.open(io.BytesIO(content)) as file:
-            image = ImageOps.exif_transpose(file)
-            image.load()
+            file.load()
+            ImageOps.exif_transpose(file, in_place=True)
+            image = file
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read image {name}: {error}") from error
     gray = image.mode in GRAY_MODES
@@ -79,7 +80,9 @@ def decode(name: str, content: bytes, size: int) -> tuple[np.ndarray, bool]:
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+    image = image.convert("RGB")
+    if image.size != (size, size):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
     return np.asarray(image), gray
 
 
@@ -96,15 +99,20 @@ def load_folder(path: Path, image_size: int, num_workers: int) -> tuple[Tensor, 
     if not names:
         raise ValueError(f"--data {path} holds no image that Pillow knows by its ending (.png, .jpg, .webp, ...)")
     classes, labels = split_classes(path, names)
-    pixels = torch.empty(len(names), 3, image_size, image_size, dtype=torch.uint8)
+    pixels = np.empty((len(names), image_size, image_size, 3), np.uint8)
 
-    def load(i: int) -> bool:
-        image, gray = decode(f"{path}: {names[i]}", read(names[i]), image_size)
-        pixels[i] = torch.from_numpy(image.copy()).permute(2, 0, 1)
+    def load(indices: range) -> list[bool]:
+        gray = []
+        for i in indices:
+            pixels[i], is_gray = decode(f"{path}: {names[i]}", read(names[i]), image_size)
+            gray.append(is_gray)
         return gray
 
+    chunks = [range(i, min(i + 64, len(names))) for i in range(0, len(names), 64)]     # small images: a task each costs more than they do
     with ThreadPoolExecutor(num_workers) as pool:
-        gray = list(tqdm(pool.map(load, range(len(names))), "reading images", len(names), disable=None, leave=False))
+        gray = list(tqdm(pool.map(load, chunks), f"reading {len(names)} images", len(chunks), disable=None, leave=False))
+    gray = [each for chunk in gray for each in chunk]
+    pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
     if all(gray):
         pixels = pixels[:, :1].clone()
     return pixels, torch.tensor(labels), classes

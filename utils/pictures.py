@@ -18,10 +18,10 @@ def sample_labels(num_classes: int, rows: int = 10, columns: int = 10) -> Tensor
     return torch.arange(min(num_classes, rows)).repeat_interleave(columns)
 
 
-def grid(x: Tensor, columns: int = 10) -> Tensor:
-    """Images (B, C, H, W) near [-1, 1] as one picture, uint8 (H', W', 3 or 1); small ones are enlarged pixel by pixel."""
+def grid(x: Tensor, columns: int = 10, tile: int = 48) -> Tensor:
+    """Images (B, C, H, W) near [-1, 1] as one picture, uint8 (H', W', 3); those below `tile` pixels are enlarged pixel by pixel."""
     pixels = make_grid(to_pixels(x).cpu(), nrow=columns, padding=max(1, x.shape[-1] // 16), pad_value=255)
-    factor = max(1, -(-48 // x.shape[-1]))
+    factor = max(1, -(-tile // x.shape[-1]))
     return pixels.repeat_interleave(factor, 1).repeat_interleave(factor, 2).permute(1, 2, 0)
 
 
@@ -34,14 +34,14 @@ def save_grid(path: Path, x: Tensor, columns: int = 10) -> None:
 def save_gif(path: Path, trajectory: Tensor, columns: int = 10, seconds: float = 2.5) -> None:
     """Write states (num_steps + 1, B, C, H, W), noise first, as a looping GIF that rests on the last frame."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    frames = [grid(x, columns).numpy() for x in trajectory]
+    frames = [grid(x, columns, tile=24).numpy() for x in trajectory]          # small: noise does not compress
     durations = [1000 * seconds / len(frames)] * (len(frames) - 1) + [1500]
     imageio.imwrite(path, frames, duration=durations, loop=0)
 
 
 def save_curves(path: Path, metrics_file: Path) -> None:
     """Plot metrics.jsonl: losses (logarithmic), gradient norm, learning rate, images/s against the step."""
-    import matplotlib                                       # slow to import: only when there is something to draw
+    import matplotlib  # slow to import: only when there is something to draw
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt

@@ -229,7 +229,7 @@ def start_comet(mode: str, folder: Path, name: str, note: Any) -> Any:
     if mode == "off":
         return None
     try:
-        import comet_ml                                     # slow to import, and optional
+        import comet_ml  # slow to import, and optional
     except ModuleNotFoundError:
         if mode == "offline":
             raise ValueError("--comet offline: comet_ml is not installed; install it or use --comet off") from None

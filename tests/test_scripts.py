@@ -1,0 +1,362 @@
+"""The scripts as users run them: teacher, student, samples; stopped, torn, killed and spread over processes."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+import train_student
+import train_student_mnist
+import train_teacher
+import train_teacher_mnist
+from models import DiT
+from utils.checkpoints import load_network, read_checkpoint, step_folders
+from utils.meter import NonFiniteError
+from utils.run_log import Run
+
+ROOT = Path(__file__).parent.parent
+STEPS = 6
+COMMON = ["--data", "digits", "--steps", str(STEPS), "--global-batch-size", "16", "--log-every", "2", "--sample-every", "6",
+          "--save-every", "2", "--comet", "off", "--device", "cpu", "--warmup-steps", "2"]
+TEACHER = [*COMMON, "--model", "DiT-Nano/4", "--sample-steps", "2"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """A teacher and a student, trained without interruption."""
+    folder = tmp_path_factory.mktemp("results")
+    train_teacher_mnist.main([*TEACHER, "--results-dir", str(folder)])
+    train_student_mnist.main([*COMMON, "--results-dir", str(folder)])
+    return folder
+
+
+@pytest.fixture(params=["teacher", "student", "student with EMA target"])
+def stage(request, results, tmp_path):
+    """(main, its arguments in a fresh results folder, that run's folder, names of its networks)."""
+    if request.param == "teacher":
+        arguments, main, names = TEACHER, train_teacher_mnist.main, ("ema", "raw")
+    else:
+        arguments, main, names = [*COMMON, "--teacher", str(results / "teacher-digits")], train_student_mnist.main, ("ema", "raw")
+        if "EMA" in request.param:
+            arguments, names = [*arguments, "--target", "ema", "--split", "self"], (*names, "target")
+    return main, [*arguments, "--results-dir", str(tmp_path)], tmp_path / f"{request.param.split()[0]}-digits", names
+
+
+def everything(folder: Path, names=("ema", "raw")) -> dict[str, torch.Tensor]:
+    """All tensors of a run's last checkpoint: weights and optimizer states."""
+    weights, training = read_checkpoint(step_folders(folder / "checkpoints")[-1], names)
+    assert training["step"] == STEPS
+    tensors = {f"{name}.{key}": tensor for name in names for key, tensor in weights[name].items()}
+    for i, part in enumerate(training["optimizer"]):
+        for index, state in part["state"].items():
+            tensors.update({f"optimizer{i}.{index}.{key}": value for key, value in state.items()})
+    return tensors
+
+
+def assert_same(folder: Path, other: Path, names=("ema", "raw")) -> None:
+    a, b = everything(folder, names), everything(other, names)
+    assert a.keys() == b.keys()
+    different = [key for key in a if not torch.equal(a[key], b[key])]
+    assert not different, f"{len(different)} tensors differ, such as {different[:3]}"
+
+
+def test_run_folder(results):
+    for name, pictures in (("teacher-digits", ["cfg1.0", "cfg2.5", "cfg5.0"]), ("student-digits", ["1step", "2step", "4step"])):
+        folder = results / name
+        config = json.loads((folder / "config.json").read_text())
+        assert config["steps"] == STEPS and config["data"] == "digits"
+        (start,) = json.loads((folder / "environment.json").read_text())
+        assert start["torch"] == torch.__version__ and start["device"].startswith("cpu")
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == [2, 4, 6]
+        assert all(np.isfinite(value) and value >= 0 for row in rows for value in row.values())
+        assert (folder / "curves.png").stat().st_size > 10_000 and "step 6" in (folder / "log.txt").read_text()
+        for picture in pictures:
+            assert Image.open(folder / "samples" / f"{picture}_step6.png").size[0] > 300
+        assert [path.name for path in step_folders(folder / "checkpoints")] == ["step_00000004", "step_00000006"]
+    assert Image.open(results / "teacher-digits/samples/trajectory_cfg2.5_step6.gif").n_frames == 3
+    assert Image.open(results / "student-digits/samples/trajectory_4step_step6.gif").n_frames == 5
+
+
+def test_student_started_as_its_teacher_and_moved(results):
+    student, metadata = load_network(results / "student-digits", DiT)
+    teacher, _ = load_network(results / "teacher-digits", DiT)
+    assert metadata["kind"] == "student" and metadata["architecture"]["interval"]
+    changed = [name for name, p in student.state_dict().items() if name in teacher.state_dict() and not torch.equal(p, teacher.state_dict()[name])]
+    assert len(changed) == len(teacher.state_dict())
+    assert student.interval_embed.out.weight.abs().max() > 0
+
+
+def test_resume_is_bit_exact(stage, monkeypatch, tmp_path_factory):
+    main, arguments, folder, names = stage
+    monkeypatch.setattr(Run, "asked_to_stop", lambda self, step, stop: step == 3)
+    main(arguments)
+    assert step_folders(folder / "checkpoints")[-1].name == "step_00000003"
+    monkeypatch.undo()
+    main(arguments)
+    other = tmp_path_factory.mktemp("uninterrupted")
+    main([*arguments[:-1], str(other)])
+    assert_same(folder, other / folder.name, names)
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [2, 3, 4, 6]
+
+
+def test_seed_matters_and_repeats(results, tmp_path):
+    train_teacher_mnist.main([*TEACHER, "--results-dir", str(tmp_path), "--name", "again"])
+    train_teacher_mnist.main([*TEACHER, "--results-dir", str(tmp_path), "--name", "other", "--seed", "1"])
+    assert_same(results / "teacher-digits", tmp_path / "again")
+    with pytest.raises(AssertionError, match="differ"):
+        assert_same(results / "teacher-digits", tmp_path / "other")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_leaves(results, tmp_path, monkeypatch, number):
+    arguments = [*TEACHER, "--results-dir", str(tmp_path)]
+    count = itertools.count(1)
+    monkeypatch.setattr(Run, "advance", lambda self: os.kill(os.getpid(), number) if next(count) == 3 else None)
+    with pytest.raises(SystemExit) as stop:
+        train_teacher_mnist.main(arguments)
+    assert stop.value.code == 128 + number
+    assert step_folders(tmp_path / "teacher-digits/checkpoints")[-1].name == "step_00000003"
+    monkeypatch.undo()
+    train_teacher_mnist.main(arguments)
+    assert_same(results / "teacher-digits", tmp_path / "teacher-digits")
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_non_finite_loss_stops_before_the_update(results, tmp_path, monkeypatch, poison):
+    arguments = [*TEACHER, "--results-dir", str(tmp_path)]
+    count, honest = itertools.count(1), train_teacher_mnist.flow_matching_loss
+    monkeypatch.setattr(train_teacher_mnist, "flow_matching_loss", lambda *a: honest(*a) * (poison if next(count) == 3 else 1))
+    with pytest.raises(NonFiniteError, match=r"step 3 .*loss=(nan|inf).*grad_norm="):
+        train_teacher_mnist.main(arguments)
+    assert [path.name for path in step_folders(tmp_path / "teacher-digits/checkpoints")] == ["step_00000002"]
+    monkeypatch.undo()
+    train_teacher_mnist.main(arguments)
+    assert_same(results / "teacher-digits", tmp_path / "teacher-digits")
+
+
+@pytest.mark.parametrize("file", ["ema.safetensors", "raw.safetensors", "training.pt"])
+def test_torn_checkpoint_is_named_and_the_previous_one_used(results, tmp_path, monkeypatch, capsys, file):
+    arguments = [*TEACHER, "--results-dir", str(tmp_path)]
+    monkeypatch.setattr(Run, "asked_to_stop", lambda self, step, stop: step == 4)
+    train_teacher_mnist.main(arguments)
+    monkeypatch.undo()
+    torn = tmp_path / "teacher-digits/checkpoints/step_00000004" / file
+    torn.write_bytes(torn.read_bytes()[: torn.stat().st_size // 2])
+    train_teacher_mnist.main(arguments)
+    output = capsys.readouterr().out
+    assert str(torn) in output and "step_00000002" in output
+    assert (torn.parent.parent / "step_00000004.bad" / file).exists()
+    assert_same(results / "teacher-digits", tmp_path / "teacher-digits")
+
+
+def test_kill_during_a_checkpoint_write(results, tmp_path):
+    """The process dies by SIGKILL inside its third checkpoint; the same command goes on from the second."""
+    arguments = [*TEACHER, "--results-dir", str(tmp_path)]
+    program = (
+        "import itertools, os, signal, sys, torch\n"
+        "import train_teacher_mnist\n"
+        "torch.set_num_threads(2)\n"
+        "count, save = itertools.count(1), torch.save\n"
+        "torch.save = lambda *a: os.kill(os.getpid(), signal.SIGKILL) if next(count) == 3 else save(*a)\n"
+        "train_teacher_mnist.main(sys.argv[1:])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True)
+    checkpoints = tmp_path / "teacher-digits/checkpoints"
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert sorted(path.name for path in checkpoints.iterdir()) == [".step_00000006.writing", "step_00000002", "step_00000004"]
+    train_teacher_mnist.main(arguments)
+    assert_same(results / "teacher-digits", tmp_path / "teacher-digits")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A tmpfs that holds one checkpoint but not three."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(disk)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"mounting a tmpfs needs root: {done.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)      # lazy: safetensors maps files until collected
+
+
+def test_full_disk(results, small_disk):
+    arguments = [*TEACHER, "--results-dir", str(small_disk)]
+    ballast = small_disk / "ballast"
+    size = 40 * 2**20 - 2 * sum(file.stat().st_size for file in step_folders(results / "teacher-digits/checkpoints")[0].iterdir())
+    ballast.write_bytes(bytes(size))
+    with pytest.raises(OSError, match=r"could not write .*step_0000000\d"):
+        train_teacher_mnist.main(arguments)
+    good = step_folders(small_disk / "teacher-digits/checkpoints")
+    assert good and not list((small_disk / "teacher-digits/checkpoints").glob(".step*"))
+    read_checkpoint(good[-1], ("ema", "raw"))
+    ballast.unlink()
+    train_teacher_mnist.main(arguments)
+    assert_same(results / "teacher-digits", small_disk / "teacher-digits")
+
+
+@pytest.mark.parametrize("which", ["teacher", "student"])
+def test_two_processes_equal_one(results, tmp_path, which):
+    script, arguments = ("train_teacher_mnist.py", TEACHER) if which == "teacher" else \
+        ("train_student_mnist.py", [*COMMON, "--teacher", str(results / "teacher-digits")])
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, *arguments,
+                           "--results-dir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("finished") == 1                   # only rank 0 speaks
+    a, b = everything(results / f"{which}-digits"), everything(tmp_path / f"{which}-digits")
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+    rows = [[json.loads(line) for line in (folder / f"{which}-digits/metrics.jsonl").read_text().splitlines()] for folder in (results, tmp_path)]
+    assert [row["loss"] for row in rows[0]] == pytest.approx([row["loss"] for row in rows[1]], rel=1e-4)
+
+
+def test_finished_or_different_runs_are_refused(results):
+    before = {file: file.stat().st_mtime_ns for file in results.rglob("*") if file.is_file()}
+    with pytest.raises(ValueError, match=r"finished at step 6.*--name"):
+        train_teacher_mnist.main([*TEACHER, "--results-dir", str(results)])
+    with pytest.raises(ValueError, match=r"another run \(lr: 0.5, was 0.001\).*--name"):
+        train_teacher_mnist.main([*TEACHER, "--results-dir", str(results), "--lr", "0.5"])
+    with pytest.raises(ValueError, match=r"another run \(.*stage"):
+        train_student_mnist.main([*COMMON, "--results-dir", str(results), "--name", "teacher-digits"])
+    assert before == {file: file.stat().st_mtime_ns for file in results.rglob("*") if file.is_file()}
+
+
+def test_student_goes_on_without_its_teachers_folder(tmp_path, results, monkeypatch):
+    """The run keeps a copy of its teacher, so a newer or vanished teacher run does not matter."""
+    train_teacher_mnist.main([*TEACHER, "--results-dir", str(tmp_path), "--name", "t"])
+    arguments = [*COMMON, "--results-dir", str(tmp_path)]
+    monkeypatch.setattr(Run, "asked_to_stop", lambda self, step, stop: step == 3)
+    train_student_mnist.main(arguments)
+    monkeypatch.undo()
+    (tmp_path / "t").rename(tmp_path.parent / f"{tmp_path.name}-moved")
+    train_student_mnist.main(arguments)
+    assert_same(results / "student-digits", tmp_path / "student-digits")
+
+
+def test_sample(results, tmp_path, capsys):
+    run = str(results / "student-digits")
+    sample.main([run, "--num-images", "20", "--formats", "grid", "png", "npz", "gif", "--out", str(tmp_path / "s"), "--device", "cpu"])
+    arrays = {n: np.load(tmp_path / "s" / f"{n}step.npz") for n in (1, 2, 4)}
+    assert arrays[1]["arr_0"].shape == (20, 8, 8, 1) and arrays[1]["arr_0"].dtype == np.uint8
+    assert arrays[1]["labels"].tolist() == [i // 2 for i in range(20)]
+    assert not np.array_equal(arrays[1]["arr_0"], arrays[4]["arr_0"])
+    single = np.asarray(Image.open(tmp_path / "s/1step/000003_class1.png"))
+    assert np.array_equal(single, arrays[1]["arr_0"][3, :, :, 0])
+    assert Image.open(tmp_path / "s/4step.gif").n_frames == 5 and (tmp_path / "s/2step.png").exists()
+
+    sample.main([run, "--num-images", "20", "--formats", "npz", "--out", str(tmp_path / "t"), "--num-steps", "1", "--batch-size", "7",
+                 "--device", "cpu"])
+    again = np.load(tmp_path / "t/1step.npz")["arr_0"]
+    assert np.abs(again.astype(int) - arrays[1]["arr_0"]).max() <= 1          # batches of any size, the same images
+
+    teacher = str(results / "teacher-digits/checkpoints/step_00000006/ema.safetensors")
+    for scale in ("1", "3"):
+        sample.main([teacher, "--guidance-scale", scale, "--classes", "7", "3", "--num-images", "4", "--num-steps", "2", "--method", "heun",
+                     "--formats", "npz", "--out", str(tmp_path / scale), "--device", "cpu"])
+    one, three = (np.load(tmp_path / scale / "2step.npz") for scale in ("1", "3"))
+    assert one["labels"].tolist() == [7, 7, 3, 3] and not np.array_equal(one["arr_0"], three["arr_0"])
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["student-digits", "--guidance-scale", "2"], "student is not guided"),
+    (["student-digits", "--classes", "eleven"], "eleven.*0, 1, 2"),
+    (["teacher-digits", "--renoise", "True"], "only a student"),
+    (["nowhere"], "no checkpoint"),
+])
+def test_sample_errors(results, tmp_path, arguments, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        sample.main([str(results / arguments[0]), *arguments[1:], "--out", str(tmp_path / "x"), "--device", "cpu"])
+    assert not (tmp_path / "x").exists()
+
+
+def make_images(folder: Path, classes: list[str], per_class: int = 6) -> Path:
+    """Mixed PNG and JPEG, gray and colour, of different shapes."""
+    draw = np.random.default_rng(0)
+    for name in classes:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(per_class):
+            size = (20 + i, 24, 3) if i % 2 else (20, 20 + i)
+            Image.fromarray(draw.integers(0, 256, size, dtype=np.uint8)).save(folder / name / f"{i}.{'png' if i % 3 else 'jpg'}")
+    return folder
+
+
+OWN = ["--image-size", "16", "--steps", "2", "--global-batch-size", "16", "--log-every", "1", "--comet", "off", "--device", "cpu"]
+
+
+@pytest.mark.parametrize(("classes", "guidance"), [(["cat", "dog"], ["--guidance-scale", "2"]), ([""], ["--guidance-scale", "1"])])
+def test_own_images(tmp_path, classes, guidance):
+    """A folder of images, with and without classes, through the CIFAR-10 scripts."""
+    data = make_images(tmp_path / "photos", classes)
+    own = ["--data", str(data), *OWN, *guidance, "--results-dir", str(tmp_path / "results")]
+    train_teacher.main([*own, "--model", "DiT-Nano/4", "--sample-steps", "1"])
+    train_student.main(own)
+    sample.main([str(tmp_path / "results/student-photos"), "--num-images", "4", "--num-steps", "1", "--formats", "npz", "--device", "cpu",
+                 "--out", str(tmp_path / "out")])
+    assert np.load(tmp_path / "out/1step.npz")["arr_0"].shape == (4, 16, 16, 3)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (["--data", "imagenet"], "imagenet: no such data set or path.*mnist, cifar10, digits"),
+    (["--model", "DiT-Nano/8", "--image-size", "12"], "image size 12 is not divisible by the patch size 8"),
+    (["--model", "DiT-Huge/2"], "unknown model 'DiT-Huge/2'.*DiT-S/2"),
+    (["--data", "{one}", "--guidance-scale", "2.5"], "--guidance-scale 2.5: guidance needs at least 2 classes.*has 1"),
+    (["--data", "{empty}"], "holds no image"),
+    (["--data", "{broken}"], "cannot read image .*torn.png"),
+    *([(["--device", "cuda"], "no CUDA device")] if not torch.cuda.is_available() else []),
+])
+def test_bad_teacher_input(tmp_path, change, message):
+    """Every mistake is told before any work starts, and leaves no run folder behind."""
+    make_images(tmp_path / "one", ["cat"])
+    (tmp_path / "empty").mkdir()
+    (make_images(tmp_path / "broken", ["cat", "dog"]) / "cat/torn.png").write_bytes(b"\x89PNG\r\n\x1a\nno image")
+    change = [text.format(**{name: tmp_path / name for name in ("one", "empty", "broken")}) for text in change]
+    with pytest.raises(ValueError, match=message):
+        train_teacher.main(["--data", "digits", "--model", "DiT-Nano/4", *OWN, "--results-dir", str(tmp_path / "results"), *change])
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (["--image-size", "16"], "trained on 1 channels, size 8, 10 classes; --data digits has 1 channels, size 16, 10 classes"),
+    (["--data", "{colour}", "--image-size", "8"], "--data .*colour has 3 channels, size 8, 2 classes"),
+    (["--teacher", "{student}"], "is a student; a student needs a teacher"),
+    (["--teacher", "{nowhere}"], "no checkpoint at"),
+    (["--model", "DiT-S/2"], "--model DiT-S/2: .*DiT-Nano/4"),
+    (["--teacher", "{foreign}"], "no checkpoint of this project|torn or no safetensors"),
+])
+def test_bad_student_input(results, tmp_path, change, message):
+    (tmp_path / "foreign").write_bytes(b"something else")
+    places = {"colour": make_images(tmp_path / "colour", ["cat", "dog"]), "student": results / "student-digits",
+              "nowhere": tmp_path / "nowhere", "foreign": tmp_path / "foreign"}
+    change = [text.format(**places) for text in change]
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train_student_mnist.main([*COMMON, "--teacher", str(results / "teacher-digits"), "--results-dir", str(tmp_path / "results"), *change])
+    assert not (tmp_path / "results").exists()
+
+
+def test_no_teacher_at_all(tmp_path):
+    with pytest.raises(ValueError, match=r"no teacher for --data digits.*python train_teacher_mnist.py --data digits"):
+        train_student_mnist.main([*COMMON, "--results-dir", str(tmp_path)])
+
+
+def test_comet_offline_archive(tmp_path, monkeypatch):
+    monkeypatch.delenv("COMET_API_KEY", raising=False)
+    train_teacher_mnist.main([*TEACHER, "--results-dir", str(tmp_path), "--comet", "offline"])
+    assert [file.suffix for file in (tmp_path / "teacher-digits/comet").iterdir()] == [".zip"]
+
+
+def test_max_minutes_stops_and_goes_on(results, tmp_path):
+    arguments = [*TEACHER, "--results-dir", str(tmp_path)]
+    train_teacher_mnist.main([*arguments, "--max-minutes", "0.00001"])
+    assert step_folders(tmp_path / "teacher-digits/checkpoints")[-1].name == "step_00000001"
+    train_teacher_mnist.main(arguments)
+    assert_same(results / "teacher-digits", tmp_path / "teacher-digits")
