@@ -7,6 +7,7 @@
 The teacher's guidance is learned by the student, which samples in 1, 2 or 4 evaluations without any.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,7 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 from models import DiT, student_from_teacher
 from utils import distributed, recipes
 from utils.checkpoints import load_network, read_latest
-from utils.config import RunConfig, parse_config, require, to_dict
+from utils.config import RunConfig, check_law, parse_config, require, to_dict
 from utils.data import Batches, check_guidance, load_images
 from utils.flow import interpolate
 from utils.guidance import guided_velocity
@@ -32,7 +33,7 @@ from utils.sampling import sample_average_velocity
 from utils.schedules import learning_rate_factor
 from utils.seeding import fold, generator
 from utils.teachers import check_teacher, find_teacher
-from utils.times import LAM_LAWS, draw_intervals, draw_lam, draw_times, parse_law
+from utils.times import LAM_LAWS, LAWS, draw_intervals, draw_lam, draw_times
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,13 @@ class Config(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for law in (self.t_law, self.r_law):
-            parse_law(law)
-        parse_law(self.lam_law, LAM_LAWS)
+        for field, laws in (("t_law", LAWS), ("r_law", LAWS), ("lam_law", LAM_LAWS)):
+            check_law(self, field, laws)
         for field in ("lr", "muon_lr", "max_grad_norm"):
-            require(self, field, getattr(self, field) > 0, "above 0")
+            require(self, field, 0 < getattr(self, field) < math.inf, "above 0")
+        for field in ("warmup_steps", "weight_decay", "adaptive_power"):
+            require(self, field, 0 <= getattr(self, field) < math.inf, "at least 0")
+        require(self, "guidance_scale", math.isfinite(self.guidance_scale), "a number")
         for field in ("ema_decay", "target_decay", "decay_share"):
             require(self, field, 0 <= getattr(self, field) < 1, "in [0, 1)")
         for field in ("boundary_share", "pinned_share"):
@@ -78,7 +81,6 @@ class Config(RunConfig):
         require(self, "guidance_interval", 0 <= low <= high <= 1, "two times, 0 <= low <= high <= 1")
         for field in ("num_steps", "pinned_steps"):
             require(self, field, len(getattr(self, field)) > 0 and min(getattr(self, field)) >= 1, "one or more counts, each at least 1")
-        require(self, "warmup_steps", self.warmup_steps >= 0, "at least 0")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

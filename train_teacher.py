@@ -7,6 +7,7 @@
 Everything goes to results/<name>/. The same command continues a run that was stopped.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -15,10 +16,10 @@ import torch
 from timm.utils import ModelEmaV3
 from torch.nn.utils import clip_grad_norm_
 
-from models import DiT
+from models import PRESETS, DiT
 from utils import distributed, recipes
 from utils.checkpoints import read_latest
-from utils.config import RunConfig, parse_config, require, to_dict
+from utils.config import RunConfig, check_law, parse_config, require, to_dict
 from utils.data import Batches, check_guidance, load_images
 from utils.guidance import drop_labels, guided_velocity
 from utils.interrupt import StopRequest
@@ -30,7 +31,7 @@ from utils.run_log import Run
 from utils.sampling import sample_velocity
 from utils.schedules import learning_rate_factor
 from utils.seeding import fold, generator
-from utils.times import draw_times, parse_law
+from utils.times import LAWS, draw_times
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,17 @@ class Config(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        parse_law(self.t_law)
+        check_law(self, "t_law", LAWS)
+        require(self, "model", self.model in PRESETS, f"one of {', '.join(PRESETS)}")
         for field in ("lr", "muon_lr", "max_grad_norm"):
-            require(self, field, getattr(self, field) > 0, "above 0")
+            require(self, field, 0 < getattr(self, field) < math.inf, "above 0")
+        for field in ("warmup_steps", "weight_decay"):
+            require(self, field, 0 <= getattr(self, field) < math.inf, "at least 0")
         for field in ("label_dropout", "ema_decay", "decay_share"):
             require(self, field, 0 <= getattr(self, field) < 1, "in [0, 1)")
-        require(self, "guidance_scale", len(self.guidance_scale) > 0, "one or more numbers")
+        scales = self.guidance_scale
+        require(self, "guidance_scale", len(scales) > 0 and all(map(math.isfinite, scales)), "one or more numbers")
         require(self, "sample_steps", self.sample_steps >= 1, "at least 1")
-        require(self, "warmup_steps", self.warmup_steps >= 0, "at least 0")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -120,9 +120,9 @@ TEACHERS = [
 STUDENTS = [
     (["--boundary-share", "1.5"], "--boundary-share 1.5: must be in [0, 1]"),
     (["--pinned-share", "-1"], "--pinned-share -1.0: must be in [0, 1]"),
-    (["--pinned-steps", "0"], "(0,): must be one or more counts, each at least 1"),
-    (["--num-steps", "1", "0"], "(1, 0): must be one or more counts, each at least 1"),
-    (["--guidance-interval", "0.8", "0.2"], "(0.8, 0.2): must be two times, 0 <= low <= high <= 1"),
+    (["--pinned-steps", "0"], "0: must be one or more counts, each at least 1"),
+    (["--num-steps", "1", "0"], "1 0: must be one or more counts, each at least 1"),
+    (["--guidance-interval", "0.8", "0.2"], "0.8 0.2: must be two times, 0 <= low <= high <= 1"),
     (["--split", "both"], "'both'", "'anchored', 'self'"),
     (["--r-law", "logit-normal(0, -1)"], "logit-normal(0, -1)", "above 0"),
     (["--lam-law", "constant(2)"], "constant(2)", "(0, 1]"),

@@ -12,8 +12,8 @@ from utils.losses import (
     boundary_loss,
     flow_matching_loss,
     interval_splitting_loss,
-    squared_error,
     splitting_target,
+    squared_error,
     student_loss,
 )
 

@@ -142,7 +142,7 @@ def test_spaces_do_not_matter(text):
         ("logit-normal(zero, one)", None, "must be numbers"),
         ("logit-normal(0, 0)", None, "scale must be above 0"),
         ("logit-normal(0, -1)", None, "scale must be above 0"),
-        ("logit-normal(0, nan)", None, "scale"),
+        ("logit-normal(0, nan)", None, "finite"),
         ("logit-normal(nan, 1)", None, "number"),
         ("logit-normal(0, 1)", LAM_LAWS, "known are uniform with 0 numbers, constant with 1 numbers, anneal with 3 numbers"),
         ("constant", LAM_LAWS, "takes 1 numbers, not 0"),

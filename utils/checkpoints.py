@@ -103,10 +103,12 @@ def save_checkpoint(folder: Path, step: int, networks: Mapping[str, nn.Module], 
         torch.save({**training, "step": step}, temporary / "training.pt")
         flush(temporary / "training.pt")
         flush(temporary)
+        stale = folder / f".step_{step:08d}.stale.writing"
         if target.exists():
-            shutil.rmtree(target)
+            os.replace(target, stale)
         os.replace(temporary, target)
         flush(folder)
+        shutil.rmtree(stale, ignore_errors=True)
     except (OSError, RuntimeError) as error:                     # torch.save turns a full disk into a RuntimeError
         shutil.rmtree(temporary, ignore_errors=True)
         free = shutil.disk_usage(folder if folder.exists() else folder.parent).free

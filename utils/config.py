@@ -14,6 +14,8 @@ from typing import Any, Literal, TypeVar
 
 import tyro
 
+from utils.times import parse_law
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -56,7 +58,17 @@ ConfigT = TypeVar("ConfigT")
 def require(config: Any, field: str, good: bool, allowed: str) -> None:
     """Raise ValueError, with the flag, its value and what is allowed, unless `good`."""
     if not good:
-        raise ValueError(f"--{field.replace('_', '-')} {getattr(config, field)}: must be {allowed}")
+        value = getattr(config, field)
+        text = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        raise ValueError(f"--{field.replace('_', '-')} {text}: must be {allowed}")
+
+
+def check_law(config: Any, field: str, known: Mapping[str, int]) -> None:
+    """Raise ValueError, with the flag, unless the field's text is one of the known laws; see `utils.times.parse_law`."""
+    try:
+        parse_law(getattr(config, field), known)
+    except ValueError as error:
+        raise ValueError(f"--{field.replace('_', '-')}: {error}") from None
 
 
 def parse_config(config_class: type[ConfigT], argv: Sequence[str] | None, description: str | None,

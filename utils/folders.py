@@ -2,6 +2,7 @@
 
 import io
 import zipfile
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -13,7 +14,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 SPLITS = {"train", "test", "val", "valid", "validation"}
-GRAY_MODES = {"1", "L", "I", "I;16", "F"}
 
 
 def list_images(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
@@ -22,7 +22,7 @@ def list_images(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
     Raises:
         ValueError: the path is neither a folder nor a zip file.
     """
-    formats = set(Image.registered_extensions())
+    formats = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
 
     def is_image(name: str) -> bool:
         parts = PurePosixPath(name).parts
@@ -40,13 +40,15 @@ def list_images(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
 def split_classes(path: Path, names: list[str]) -> tuple[list[str], list[int]]:
     """Class names and one label a file. Files in no folder have no class: ([], zeros).
 
-    Folders that everything lies in (as in a zip of one folder) are passed over.
+    Folders that everything lies in are passed over, as in a zip of one folder; in a real folder, the last one is a class.
 
     Raises:
         ValueError: files beside class folders, or folders that are splits, not classes.
     """
     parts = [PurePosixPath(name).parts for name in names]
-    while all(len(p) > 2 for p in parts) and len({p[0] for p in parts}) == 1:
+    least, passed = (2 if path.is_dir() else 1), path
+    while all(len(p) > least for p in parts) and len({p[0] for p in parts}) == 1:
+        passed = passed / parts[0][0]
         parts = [p[1:] for p in parts]
     if all(len(p) == 1 for p in parts):
         return [], [0] * len(names)
@@ -55,12 +57,14 @@ def split_classes(path: Path, names: list[str]) -> tuple[list[str], list[int]]:
         raise ValueError(f"--data {path} mixes class folders and loose images ({loose}); put every image into a class folder, or none")
     classes = sorted({p[0] for p in parts})
     if len(classes) > 1 and {name.lower() for name in classes} <= SPLITS:
-        raise ValueError(f"--data {path} holds {' and '.join(classes)}, which are splits and not classes; use --data {path / classes[-1]}")
+        train = next((name for name in classes if name.lower() == "train"), classes[0])
+        remedy = f"use --data {passed / train}" if path.is_dir() else f"zip only the folder {train}"
+        raise ValueError(f"--data {path} holds {' and '.join(classes)}, which are splits and not classes; {remedy}")
     return classes, [classes.index(p[0]) for p in parts]
 
 
 def decode(name: str, content: bytes, size: int) -> tuple[np.ndarray, bool]:
-    """One image as RGB uint8 (size, size, 3), upright, centre-cropped to a square and resized; and whether it is gray.
+    """One image as RGB uint8 (size, size, 3), upright, centre-cropped to a square and resized; and whether all of it is gray.
 
     Transparent pixels show white.
 
@@ -72,9 +76,8 @@ def decode(name: str, content: bytes, size: int) -> tuple[np.ndarray, bool]:
             file.load()
             ImageOps.exif_transpose(file, in_place=True)
             image = file
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read image {name}: {error}") from error
-    gray = image.mode in GRAY_MODES
     if image.mode == "I;16" or (image.mode == "I" and np.asarray(image).max() > 255):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))       # 16 bits to the upper 8
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -83,7 +86,8 @@ def decode(name: str, content: bytes, size: int) -> tuple[np.ndarray, bool]:
     image = image.convert("RGB")
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-    return np.asarray(image), gray
+    pixels = np.asarray(image)
+    return pixels, bool((pixels == pixels[..., :1]).all())
 
 
 def load_folder(path: Path, image_size: int, num_workers: int) -> tuple[Tensor, Tensor, list[str]]:
@@ -104,7 +108,11 @@ def load_folder(path: Path, image_size: int, num_workers: int) -> tuple[Tensor, 
     def load(indices: range) -> list[bool]:
         gray = []
         for i in indices:
-            pixels[i], is_gray = decode(f"{path}: {names[i]}", read(names[i]), image_size)
+            try:
+                content = read(names[i])
+            except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:       # RuntimeError: encrypted
+                raise ValueError(f"cannot read {path}: {names[i]}: {error}") from error
+            pixels[i], is_gray = decode(f"{path}: {names[i]}", content, image_size)
             gray.append(is_gray)
         return gray
 

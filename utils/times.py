@@ -1,5 +1,6 @@
 """Draws of t, of intervals (r, t) and of the split lam; laws are written as text, such as "logit-normal(-0.6, 1.6)"."""
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -21,15 +22,17 @@ def parse_law(text: str, known: dict[str, int] = LAWS) -> tuple[str, tuple[float
     if name not in known:
         raise ValueError(f"unknown law {text!r}; known are {', '.join(f'{n} with {k} numbers' for n, k in known.items())}")
     try:
-        numbers = tuple(float(number) for number in (match[2] or "").split(",") if number.strip())
+        numbers = tuple(float(number) for number in match[2].split(",")) if match[2] else ()
     except ValueError:
         raise ValueError(f"law {text!r}: what stands in brackets must be numbers") from None
     if len(numbers) != known[name]:
         raise ValueError(f"law {text!r}: {name} takes {known[name]} numbers, not {len(numbers)}")
+    if known is LAM_LAWS and not all(0 < number <= 1 for number in numbers):
+        raise ValueError(f"law {text!r}: every number must lie in (0, 1]")
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(f"law {text!r}: every number must be finite")
     if name == "logit-normal" and numbers[1] <= 0:
         raise ValueError(f"law {text!r}: the scale must be above 0")
-    if known is LAM_LAWS and any(not 0 < number <= 1 for number in numbers):
-        raise ValueError(f"law {text!r}: every number must lie in (0, 1]")
     return name, numbers
 
 
@@ -78,7 +81,7 @@ def draw_intervals(num: int, t_law: str, r_law: str, pinned_share: float, pinned
 
 
 def draw_lam(num: int, law: str, progress: float, generator: Generator) -> Tensor:
-    """Where to split: s = (1 - lam) t + lam r, lam in (0, 1), float32 (num,).
+    """Where to split: s = (1 - lam) t + lam r, lam in (0, 1], float32 (num,).
 
     "uniform" is Algorithm 1's U(0, 1); "constant(c)" is c; "anneal(start, end, share)" falls geometrically from start to
     end over the first `share` of training and stays there.
@@ -88,7 +91,7 @@ def draw_lam(num: int, law: str, progress: float, generator: Generator) -> Tenso
     """
     name, numbers = parse_law(law, LAM_LAWS)
     if name == "uniform":
-        return torch.rand(num, generator=generator, device=generator.device)
+        return 1 - torch.rand(num, generator=generator, device=generator.device)       # rand may be 0, and lam is divided by
     if name == "anneal":
         start, end, share = numbers
         value = start * (end / start) ** min(progress / share, 1.0)
