@@ -51,7 +51,7 @@ class Modulation(nn.Module):
     """adaLN: shifts, scales and gates from the condition, through a bottleneck of `rank` channels.
 
     DiT's full matrix (width x 6 width in each block) holds a third of all parameters; with rank = width / 8 it is a
-    twelfth. `benchmarks/README.md` has the comparison.
+    fourteenth.
     """
 
     def __init__(self, width: int, num_outputs: int, rank: int):
