@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -351,10 +352,20 @@ def test_no_teacher_at_all(tmp_path):
         train_student_mnist.main([*COMMON, "--results-dir", str(tmp_path)])
 
 
-def test_comet_offline_archive(tmp_path, monkeypatch):
+@pytest.mark.parametrize("key", [None, "a-key-that-no-server-will-be-asked-about"])
+def test_comet_archive_without_key_or_network(tmp_path, monkeypatch, capsys, key):
     monkeypatch.delenv("COMET_API_KEY", raising=False)
-    train_teacher_mnist.main([*TEACHER, "--results-dir", str(tmp_path), "--comet", "offline"])
-    assert [file.suffix for file in (tmp_path / "teacher-digits/comet").iterdir()] == [".zip"]
+    if key:
+        monkeypatch.setenv("COMET_API_KEY", key)
+        monkeypatch.setenv("COMET_GET_OR_ADD_EXPERIMENT_RETRY_TOTAL", "0")
+        monkeypatch.setenv("COMET_HTTP_SESSION_RETRY_TOTAL", "0")
+        monkeypatch.setenv("COMET_URL_OVERRIDE", "http://127.0.0.1:9/clientlib/")       # nobody listens there
+    train_teacher_mnist.main([*TEACHER, "--results-dir", str(tmp_path), "--comet", "auto"])
+    (archive,) = (tmp_path / "teacher-digits/comet").iterdir()
+    contents = [zipfile.ZipFile(archive).read(name) for name in zipfile.ZipFile(archive).namelist()]
+    assert any(b"grad_norm" in content and b"label_dropout" in content for content in contents)
+    assert sum(content.startswith((b"\x89PNG", b"GIF8")) for content in contents) == 4         # three grids and a trajectory
+    assert f"comet upload {archive}" in capsys.readouterr().out
 
 
 def test_max_minutes_stops_and_goes_on(results, tmp_path):

@@ -5,6 +5,7 @@
 """
 
 import json
+import logging
 import os
 import platform
 import shutil
@@ -204,6 +205,8 @@ class Run:
             self.bar.close()
         if self.comet:
             self.comet.end()
+            for archive in sorted((self.folder / "comet").glob("*.zip")):
+                self.note(f"offline comet archive, to upload later: comet upload {archive}")
 
     def leave(self, step: int, stop: StopRequest) -> None:
         """Say how the run ended.
@@ -235,6 +238,7 @@ def start_comet(mode: str, folder: Path, name: str, note: Any) -> Any:
             raise ValueError("--comet offline: comet_ml is not installed; install it or use --comet off") from None
         note("comet_ml is not installed: metrics go to the run folder only")
         return None
+    logging.getLogger("comet_ml").setLevel(logging.ERROR)   # it has many notices
     online = mode == "auto" and bool(comet_ml.config.get_config("comet.api_key"))
     (folder / "comet").mkdir(exist_ok=True)
     settings = comet_ml.ExperimentConfig(
@@ -242,4 +246,8 @@ def start_comet(mode: str, folder: Path, name: str, note: Any) -> Any:
         auto_param_logging=False, auto_metric_logging=False, auto_output_logging=False, auto_log_co2=False, display_summary_level=0,
         log_env_details=False,
     )
-    return comet_ml.start(online=online, project_name="splitmeanflow", experiment_config=settings)
+    experiment = comet_ml.start(online=online, project_name="splitmeanflow", experiment_config=settings)
+    if online and not experiment.alive:
+        note("comet.com cannot be reached or refuses the key: writing an offline archive instead")
+        experiment = comet_ml.start(online=False, project_name="splitmeanflow", experiment_config=settings)
+    return experiment

@@ -1,0 +1,161 @@
+import pytest
+import torch
+
+from models import PRESETS, DiT, student_from_teacher
+from models.embeddings import rotary_table, rotate
+
+
+def randomised(network: DiT, seed: int = 0) -> DiT:
+    """Noise on every weight, so that nothing is hidden behind a zero."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=draw))
+    return network
+
+
+def inputs(batch: int = 6, channels: int = 1, size: int = 8, classes: int = 3):
+    draw = torch.Generator().manual_seed(1)
+    z = torch.randn(batch, channels, size, size, generator=draw)
+    r, t = torch.rand(batch, 2, generator=draw).sort(1).values.T
+    return z, r, t, torch.randint(0, classes + 1, (batch,), generator=draw)
+
+
+@pytest.mark.parametrize(("size", "shape"), {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}.items())
+def test_published_sizes(size, shape):
+    for patch_size in (2, 4, 8):
+        preset, found = PRESETS[f"DiT-{size}/{patch_size}"]
+        assert (preset.depth, preset.width, preset.num_heads) == shape and found == patch_size
+
+
+def test_starts_at_zero_with_identity_blocks():
+    torch.manual_seed(0)
+    network = DiT("DiT-Nano/4", 8, 1, 3)
+    z, r, t, y = inputs()
+    assert network(z, r, t, y).abs().max() == 0
+    x, c = torch.randn(2, 4, 128), torch.randn(2, 128)
+    assert torch.equal(network.blocks[0](x, c, network.rotary_cos, network.rotary_sin), x)
+
+
+def test_student_is_its_teacher_until_it_learns():
+    teacher = randomised(DiT("DiT-Nano/4", 8, 1, 3))
+    student = student_from_teacher(teacher)
+    z, r, t, y = inputs()
+    v = teacher.velocity(z, t, y)
+    assert v.abs().max() > 0.1
+    assert torch.equal(student(z, r, t, y), v) and torch.equal(student(z, t, t, y), v)
+    assert set(student.state_dict()) - set(teacher.state_dict()) == {f"interval_embed.{a}.{b}" for a in ("hidden", "out") for b in ("weight", "bias")}
+    torch.nn.init.normal_(student.interval_embed.out.weight)
+    assert not torch.allclose(student(z, r, t, y), student(z, r / 2, t, y), atol=1e-3)
+
+
+def test_bad_teachers(monkeypatch):
+    teacher = DiT("DiT-Nano/4", 8, 1, 3)
+    with pytest.raises(ValueError, match="it is a student"):
+        student_from_teacher(student_from_teacher(teacher))
+    weights = teacher.state_dict()
+    weights["final.weights"] = weights.pop("final.weight")
+    monkeypatch.setattr(teacher, "state_dict", lambda: weights)
+    with pytest.raises(RuntimeError, match=r"missing \['interval_embed.*final.weight.*unexpected \['final.weights'\].*only \['interval_embed"):
+        student_from_teacher(teacher)
+
+
+@pytest.mark.parametrize("name", ["z", "r", "t", "y"])
+def test_output_depends_on_every_input(name):
+    network = randomised(DiT("DiT-Nano/4", 8, 1, 3, interval=True))
+    given = dict(zip("zrty", inputs()))
+    other = {**given, name: (given[name] + 1) % 4 if name == "y" else given[name] * 0.5}
+    change = (network(**given) - network(**other)).abs().flatten(1).max(1).values
+    assert change.min() > 1e-3
+
+
+def test_position_is_seen():
+    """Mirroring the image is not mirroring the output."""
+    network = randomised(DiT("DiT-Nano/2", 8, 1, 3))
+    z, r, t, y = inputs()
+    z = z.repeat_interleave(2, 2).repeat_interleave(2, 3)[:, :, :8, :8]         # constant patches: mirroring moves them whole
+    swapped = network(z.roll(4, dims=3), r, t, y).roll(-4, dims=3)
+    assert (swapped - network(z, r, t, y)).abs().max() > 1e-2
+
+
+def test_patches_come_out_where_they_went_in():
+    """With identity blocks, pixel gradients stay within their own patch, in both directions of the image."""
+    network = DiT("DiT-Nano/2", 8, 3, 3)
+    torch.nn.init.normal_(network.final.weight)
+    z, r, t, y = inputs(1, channels=3)
+    z.requires_grad_()
+    network(z, r, t, y)[0, :, 2:4, 6:8].sum().backward()
+    seen = z.grad[0].abs().sum(0) > 0
+    expected = torch.zeros(8, 8, dtype=torch.bool)
+    expected[2:4, 6:8] = True
+    assert torch.equal(seen, expected)
+
+
+@pytest.mark.parametrize(("channels", "size", "classes", "patch"), [(1, 8, 0, 2), (3, 12, 10, 4), (4, 16, 1, 8)])
+def test_any_channels_size_and_classes(channels, size, classes, patch):
+    network = randomised(DiT(f"DiT-Nano/{patch}", size, channels, classes))
+    z, r, t, _ = inputs(2, channels, size)
+    y = torch.full((2,), network.null_class)
+    assert network(z, r, t, y).shape == z.shape and network.null_class == classes
+    with pytest.raises(IndexError):
+        network(z, r, t, y + 1)
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("DiT-Q/2", 8, 1, 3), "unknown model 'DiT-Q/2'; known are .*DiT-XL/8"),
+    (("DiT-Nano/8", 12, 1, 3), "image size 12 is not divisible by the patch size 8"),
+    (("DiT-Nano/8", 0, 1, 3), "image size 0"),
+    (("DiT-Nano/2", 8, 0, 3), "num_channels .* 0 and 3"),
+    (("DiT-Nano/2", 8, 1, -1), "num_classes .* 1 and -1"),
+])
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DiT(*arguments)
+
+
+def test_architecture_rebuilds_the_network():
+    network = randomised(DiT("DiT-Nano/4", 8, 2, 5, interval=True, modulation_rank=7))
+    again = DiT(**network.architecture)
+    again.load_state_dict(network.state_dict())
+    z, r, t, y = inputs(channels=2)
+    assert torch.equal(network(z, r, t, y), again(z, r, t, y))
+
+
+def test_every_weight_gets_a_gradient():
+    network = randomised(DiT("DiT-Nano/4", 8, 1, 3, interval=True))
+    z, r, t, _ = inputs(8)
+    network(z, r, t, torch.arange(8) % 4).square().mean().backward()
+    assert [name for name, p in network.named_parameters() if p.grad is None or p.grad.abs().max() == 0] == []
+
+
+def test_gradient_under_autocast_survives_a_target_pass():
+    """A pass without gradient first, as for a target, must not cut off the next one: the hazard of autocast's cache."""
+    from utils.distributed import Ranks
+
+    network = randomised(DiT("DiT-Nano/4", 8, 1, 3))
+    z, r, t, y = inputs()
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=Ranks(0, 1, torch.device("cpu")).autocast()._cache_enabled):
+        with torch.no_grad():
+            network(z, r, t, y)
+        out = network(z, r, t, y)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, network(z, r, t, y), rtol=0.1, atol=0.1 * out.abs().max().item())
+    out.square().mean().backward()
+    assert network.blocks[0].mlp.hidden.weight.grad.abs().max() > 0
+
+
+def test_rotary_sees_relative_positions_only():
+    cos, sin = rotary_table(6, 16)
+    q, k = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(0)).expand(2, 1, 36, 1, 16)
+    q, k = rotate(q, cos, sin)[0, :, 0], rotate(k, cos, sin)[0, :, 0]                       # (36, 16)
+    torch.testing.assert_close(q.norm(dim=1), q.norm(dim=1)[:1].expand(36))
+    scores = (q @ k.T).view(6, 6, 6, 6)                                                     # row, column of q; of k
+    torch.testing.assert_close(scores[1:, 1:, 1:, 1:], scores[:-1, :-1, :-1, :-1])
+    flat = {round(scores[0, 0, i, j].item(), 4) for i in range(6) for j in range(6)}
+    assert len(flat) == 36                                                                  # and every offset has its own
+
+
+def test_modulation_is_small():
+    network = DiT("DiT-S/2", 32, 3, 10)
+    modulation = sum(p.numel() for name, p in network.named_parameters() if "modulation" in name)
+    assert modulation / sum(p.numel() for p in network.parameters()) < 0.08
