@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from utils.flow import interpolate
 from utils.guidance import drop_labels, guided_velocity
-from utils.losses import adaptive_weight, flow_matching_loss, student_loss
+from utils.losses import flow_matching_loss, student_loss
 from utils.sampling import sample_average_velocity, sample_velocity
 from utils.schedules import learning_rate_factor
 from utils.times import draw_intervals, draw_lam, draw_times
@@ -76,7 +76,7 @@ def networks() -> tuple[Net, Net]:
         r, t = torch.cat([t, r]), torch.cat([t, later])
         lam = draw_lam(BATCH, "anneal(0.3, 0.05, 0.8)", progress, draw)
         parts = student_loss(student, student, v, interpolate(x, eps, t), r, t, lam, y, n, anchored=True)
-        return adaptive_weight(torch.cat(parts), 0.75).mean()
+        return torch.cat(parts).mean()
 
     train(student, loss, 2500)
     return teacher, student
