@@ -50,7 +50,7 @@ class Config(RunConfig):
     decay_share: float = 0.4                    # last share of the steps, in which they fall linearly to zero
     max_grad_norm: float = 1.0                  # gradients are clipped to this norm
     ema_decay: float = 0.9995                   # of the averaged weights, which are what is sampled and released
-    guidance_scale: float = 2.0                 # of the teacher's velocity; 1 is none
+    guidance_scale: float = 1.3                 # of the teacher's velocity; 1 is none
     guidance_interval: tuple[float, float] = (0.0, 1.0)     # times at which the teacher is guided
     boundary_share: float = 0.5                 # of each batch: boundary condition; the rest: interval splitting
     split: Literal["anchored", "self"] = "anchored"         # first leg u_st: the teacher's velocity, or the student's own

@@ -71,12 +71,12 @@ class Attention(nn.Module):
     def __init__(self, width: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x: (B, T, D); cos, sin: (T, hd/2). Returns (B, T, D)."""
-        q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b t h d", three=3, h=self.num_heads)
+        q, k, v = (rearrange(part, "b t (h d) -> b t h d", h=self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
         q, k = rotate(rms_norm(q), cos, sin), rotate(rms_norm(k), cos, sin)         # (B, T, heads, hd)
         x = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v)))
         return self.out(rearrange(x, "b h t d -> b t (h d)"))
@@ -85,8 +85,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, width: int, ratio: int = 4):
         super().__init__()
-        self.hidden = nn.Linear(width, ratio * width)
-        self.out = nn.Linear(ratio * width, width)
+        self.hidden = nn.Linear(width, ratio * width, bias=False)
+        self.out = nn.Linear(ratio * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(F.gelu(self.hidden(x), approximate="tanh"))
@@ -106,6 +106,19 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(c)
         x = x + gate_a[:, None] * self.attention(modulate(rms_norm(x), shift_a, scale_a), cos, sin)
         return x + gate_m[:, None] * self.mlp(modulate(rms_norm(x), shift_m, scale_m))
+
+
+class Final(nn.Module):
+    """Last adaLN, and from each patch's channels to its pixels."""
+
+    def __init__(self, width: int, num_outputs: int, modulation_rank: int):
+        super().__init__()
+        self.modulation = Modulation(width, 2, modulation_rank)
+        self.out = nn.Linear(width, num_outputs)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """x: (B, T, D); c: condition (B, D). Returns (B, T, num_outputs)."""
+        return self.out(modulate(rms_norm(x), *self.modulation(c)))
 
 
 class DiT(nn.Module):
@@ -146,8 +159,7 @@ class DiT(nn.Module):
         self.interval_embed = TimeEmbedding(size.width) if interval else None
         self.label_embed = nn.Embedding(num_classes + 1, size.width)
         self.blocks = nn.ModuleList(Block(size.width, size.num_heads, rank) for _ in range(size.depth))
-        self.final_modulation = Modulation(size.width, 2, rank)
-        self.final = nn.Linear(size.width, patch_size**2 * num_channels)
+        self.final = Final(size.width, patch_size**2 * num_channels, rank)
         cos, sin = rotary_table(self.grid_size, size.width // size.num_heads)
         self.register_buffer("rotary_cos", cos, persistent=False)
         self.register_buffer("rotary_sin", sin, persistent=False)
@@ -165,9 +177,9 @@ class DiT(nn.Module):
         for weight in (self.position, self.label_embed.weight):
             nn.init.normal_(weight, std=0.02)
         # adaLN-Zero: every block starts as the identity, and the network's output at zero.
-        for modulation in [block.modulation for block in self.blocks] + [self.final_modulation]:
+        for modulation in [block.modulation for block in self.blocks] + [self.final.modulation]:
             nn.init.zeros_(modulation.up.weight)
-        nn.init.zeros_(self.final.weight)
+        nn.init.zeros_(self.final.out.weight)
         # The interval starts unseen, so that a student made from a teacher is the teacher: u(z, r, t, y) = v(z, t, y).
         if self.interval_embed is not None:
             nn.init.zeros_(self.interval_embed.out.weight)
@@ -183,7 +195,7 @@ class DiT(nn.Module):
         Returns:
             (B, C, H, W), float32.
         """
-        x = self.patch_embed(z)
+        x = self.patch_embed(z).contiguous()                # channels last: the whole residual stream inherits this layout
         x = x + self.position.to(x.dtype)                                           # (B, T, D)
         c = self.time_embed(t) + self.label_embed(y)
         if self.interval_embed is not None:
@@ -191,12 +203,12 @@ class DiT(nn.Module):
         c = F.silu(c)                                                               # (B, D)
         for block in self.blocks:
             x = block(x, c, self.rotary_cos, self.rotary_sin)
-        x = self.final(modulate(rms_norm(x), *self.final_modulation(c)))            # (B, T, p * p * C)
+        x = self.final(x, c)                                                        # (B, T, p * p * C)
         return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.grid_size, p=self.patch_size, q=self.patch_size).float()
 
     def compile_blocks(self) -> None:
         """torch.compile the blocks, nearly all of the work. They share one graph, so twelve compile as fast as one."""
-        for block in self.blocks:
+        for block in (*self.blocks, self.final):
             block.compile(dynamic=False)
 
     def velocity(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:

@@ -63,6 +63,7 @@ def rotary_table(grid_size: int, head_dim: int) -> tuple[Tensor, Tensor]:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x[i], x[i + hd/2]) by its patch's angle. x: (B, T, heads, hd); cos, sin: (T, hd/2)."""
-    a, b = x.chunk(2, dim=-1)
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)               # (T, 1, hd/2)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    cos, sin = cos[:, None, None].to(x.dtype), sin[:, None].to(x.dtype)         # (T, 1, 1, hd/2), (T, 1, hd/2)
+    x = x.unflatten(-1, (2, -1))
+    # (a cos - b sin, b cos + a sin) by a flip rather than a cat, so that RMSNorm and rotation compile to one kernel.
+    return (x * cos + x.flip(-2) * torch.stack([-sin, sin], dim=-2)).flatten(-2)

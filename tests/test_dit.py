@@ -55,9 +55,9 @@ def test_bad_teachers(monkeypatch):
     with pytest.raises(ValueError, match="it is a student"):
         student_from_teacher(student_from_teacher(teacher))
     weights = teacher.state_dict()
-    weights["final.weights"] = weights.pop("final.weight")
+    weights["final.weights"] = weights.pop("final.out.weight")
     monkeypatch.setattr(teacher, "state_dict", lambda: weights)
-    with pytest.raises(RuntimeError, match=r"missing .*'final.weight'.*unexpected \['final.weights'\].*only \['interval_embed"):
+    with pytest.raises(RuntimeError, match=r"missing .*'final.out.weight'.*unexpected \['final.weights'\].*only \['interval_embed"):
         student_from_teacher(teacher)
 
 
@@ -82,7 +82,7 @@ def test_position_is_seen():
 def test_patches_come_out_where_they_went_in():
     """With identity blocks, pixel gradients stay within their own patch, in both directions of the image."""
     network = DiT("DiT-Nano/2", 8, 3, 3)
-    torch.nn.init.normal_(network.final.weight)
+    torch.nn.init.normal_(network.final.out.weight)
     z, r, t, y = inputs(1, channels=3)
     z.requires_grad_()
     network(z, r, t, y)[0, :, 2:4, 6:8].sum().backward()

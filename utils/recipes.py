@@ -12,7 +12,7 @@ TEACHER = {
 }
 
 STUDENT = {
-    "mnist": dict(steps=3_600, global_batch_size=512, guidance_scale=2.0),
+    "mnist": dict(steps=3_600, global_batch_size=512, guidance_scale=1.3),
     "cifar10": dict(steps=10_000, global_batch_size=512, guidance_scale=1.5),
     "path": dict(steps=10_000, global_batch_size=512, guidance_scale=1.5),
     "digits": dict(steps=190, global_batch_size=256, guidance_scale=2.5, warmup_steps=30, sample_every=190, save_every=190),
