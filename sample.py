@@ -2,9 +2,10 @@
 
     python sample.py checkpoints/student-mnist.safetensors                              a grid at 1, 2 and 4 steps
     python sample.py results/teacher-mnist --guidance-scale 2.5 --formats grid gif      the newest checkpoint of a run
-    python sample.py checkpoints/student-mnist.safetensors --num-steps 1 --num-images 50000 --formats npz
+    python sample.py checkpoints/student-mnist.safetensors --num-steps 1 --num-images 50000 --formats npz --compile True
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ class Config:
     formats: tuple[Literal["grid", "png", "npz", "gif"], ...] = ("grid",)   # grid.png, single PNGs, uint8 arrays, trajectory GIF
     out: str = "samples"                        # folder to write to
     batch_size: int = 500                       # images at a time
+    compile: bool = False                       # torch.compile the network (on CUDA only): pays from some 20,000 images on
     device: str = "auto"                        # auto, cuda, cpu
 
     def __post_init__(self) -> None:
@@ -85,11 +87,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     v = guided_velocity(network.velocity, network.null_class, cfg.guidance_scale)
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
+    if cfg.compile and ranks.device.type == "cuda":
+        network.compile_blocks()
+        filled = -(-len(y) // cfg.batch_size) * cfg.batch_size                  # one shape: the last batch is filled up
+        y = torch.cat([y, y[-1:].expand(filled - len(y))])
 
     for num_steps in cfg.num_steps or ((1, 2, 4) if student else (25,)):
         noise = generator(ranks.device, cfg.seed, "noise")
         renoise = generator(ranks.device, cfg.seed, "renoise") if cfg.renoise else None
-        pixels, first = [], None
+        pixels, first, start = [], None, time.monotonic()
         for labels in tqdm(y.split(cfg.batch_size), f"{num_steps} steps", disable=None):
             z = torch.randn(len(labels), *shape, generator=noise, device=ranks.device)
             with ranks.autocast():
@@ -100,19 +106,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             if first is None:
                 first, states = states, states[-1]
             pixels.append(to_pixels(states).cpu())
-        pixels = torch.cat(pixels)
+        pixels, seconds = torch.cat(pixels)[: cfg.num_images], time.monotonic() - start
         name = f"{num_steps}step"
         if "grid" in cfg.formats:
-            save_grid(out / f"{name}.png", first[-1][:100])
+            save_grid(out / f"{name}.png", first[-1][: min(100, cfg.num_images)])
         if "gif" in cfg.formats:
-            save_gif(out / f"{name}.gif", first[:, :100])
+            save_gif(out / f"{name}.gif", first[:, : min(100, cfg.num_images)])
         if "npz" in cfg.formats:
-            np.savez(out / f"{name}.npz", arr_0=pixels.permute(0, 2, 3, 1).numpy(), labels=y.numpy())
+            np.savez(out / f"{name}.npz", arr_0=pixels.permute(0, 2, 3, 1).numpy(), labels=y[: cfg.num_images].numpy())
         if "png" in cfg.formats:
             (out / name).mkdir(exist_ok=True)
             for i, image in enumerate(pixels):
                 imageio.imwrite(out / name / f"{i:06d}_class{y[i]}.png", image.permute(1, 2, 0).squeeze(-1).numpy())
-        tqdm.write(f"{len(pixels)} images in {num_steps} step{'s' * (num_steps > 1)}: {out}/{name}.* ")
+        tqdm.write(f"{len(pixels)} images in {num_steps} step{'s' * (num_steps > 1)}, {seconds:.1f} s: {out}/{name}.*")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from utils.losses import (
     boundary_loss,
     flow_matching_loss,
     interval_splitting_loss,
+    mean_flow_loss,
     splitting_target,
     squared_error,
     student_loss,
@@ -43,6 +44,39 @@ def test_anchored_splitting_is_exact_as_lam_vanishes():
     small, smaller = (anchored_splitting_loss(ORACLE.u, ORACLE.v, z_t, r, t, torch.full_like(t, lam), y).mean() for lam in (1e-2, 1e-3))
     assert small < 1e-4
     assert smaller < small / 50
+
+
+def test_mean_flow_vanishes_at_the_oracle_only():
+    z_t, r, t, _, y = batch()
+    v_t = ORACLE.v(z_t, t, y)
+    assert mean_flow_loss(ORACLE.u, z_t, v_t, r, t, y).max() < 1e-20
+    for wrong in (length_for_r, exchanged_times, lambda z, r, t, y: -ORACLE.u(z, r, t, y)):
+        assert mean_flow_loss(wrong, z_t, v_t, r, t, y).mean() > 1e-3
+    assert mean_flow_loss(ORACLE.u, z_t, -v_t, r, t, y).mean() > 1e-3
+
+
+def test_mean_flow_is_the_limit_of_anchored_splitting():
+    """Away from the solution too: the anchored residual over lam tends to MeanFlow's own."""
+    z_t, r, t, _, y = batch()
+
+    def u(z, r, t, y):
+        return torch.sin(z) * pad_like(t - r**2, z)
+
+    limit = mean_flow_loss(u, z_t, ORACLE.v(z_t, t, y), r, t, y)
+    near = anchored_splitting_loss(u, ORACLE.v, z_t, r, t, torch.full_like(t, 1e-5), y)
+    assert torch.allclose(near, limit, rtol=1e-3, atol=1e-6)
+
+
+def test_mean_flow_has_no_gradient_through_its_target():
+    z_t, r, t, _, y = batch(4)
+    scale = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+    v_t = ORACLE.v(z_t, t, y)
+    loss = mean_flow_loss(lambda z, r, t, y: scale * ORACLE.u(z, r, t, y), z_t, v_t, r, t, y).sum()
+    loss.backward()
+    u = ORACLE.u(z_t, r, t, y)
+    du_dt = (v_t - u) / pad_like(t - r, u)                                      # the identity, at the exact u
+    residual = 1.3 * u - v_t + pad_like(t - r, u) * 1.3 * du_dt
+    assert torch.allclose(scale.grad, (2 * residual * u).flatten(1).mean(1).sum())
 
 
 def length_for_r(z, r, t, y):

@@ -72,6 +72,22 @@ def anchored_splitting_loss(u: AverageVelocity, v: Velocity, z_t: Tensor, r: Ten
     return squared_error(u(z_t, r, t, y), target) / lam.square()
 
 
+def mean_flow_loss(u: AverageVelocity, z_t: Tensor, v_t: Tensor, r: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    """MeanFlow's identity u = v - (t - r) du/dt, the total derivative along v by forward-mode differentiation.
+
+    The rival that SplitMeanFlow does without; here to be compared with (Geng et al., arXiv 2505.13447, Eq. 6 and 9).
+
+    Args:
+        v_t: velocity at z_t: eps - x of the sample (MeanFlow), or a teacher's v(z_t, t, y), (B, ...).
+
+    Raises:
+        NotImplementedError: u attends by a fused kernel, which cannot be differentiated forwards; see `sdpa_kernel`.
+    """
+    tangents = (v_t, torch.zeros_like(r), torch.ones_like(t))
+    u_rt, du_dt = torch.func.jvp(lambda z, r, t: u(z, r, t, y), (z_t, r, t), tangents)
+    return squared_error(u_rt, v_t - pad_like(t - r, z_t) * du_dt.detach())
+
+
 class StudentLoss(NamedTuple):
     """Per-sample losses of one student batch, unweighted."""
 

@@ -50,7 +50,7 @@ def save_curves(path: Path, metrics_file: Path) -> None:
     if not rows:
         return
     others = ("grad_norm", "learning_rate", "images_per_second")
-    losses = [key for key in rows[0] if key not in (*others, "step", "seconds")]
+    losses = [key for key in rows[0] if key not in (*others, "step", "seconds", "memory_gib")]
     figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
     for axis, keys in zip(axes.flat, (losses, *([key] for key in others))):
         for key in keys:

@@ -147,6 +147,8 @@ class Run:
         now = time.monotonic()
         images = (step - self.logged[0]) * self.config.global_batch_size
         row = {"step": step, **values, "images_per_second": round(images / (now - self.logged[1]), 1), "seconds": round(self.seconds, 2)}
+        if self.ranks.device.type == "cuda":
+            row["memory_gib"] = round(torch.cuda.max_memory_allocated(self.ranks.device) / 2**30, 2)      # the peak so far
         self.logged = (step, now)
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")

@@ -1,0 +1,204 @@
+"""Images per second of the training scripts as a user runs them, beside a textbook loop and a MeanFlow step by JVP.
+
+    python -m benchmarks.throughput                                          all rows at batch 512, on one GPU
+    python -m benchmarks.throughput --rows teacher student --batch-size 64 128 256 512 1024 2048 --cold False
+    python -m benchmarks.throughput --rows teacher student --num-gpus 1 2    each GPU keeps its batch
+
+Every row is a process of its own on random images. Training scripts are started by their own command line and read by their
+metrics.jsonl: nothing of them is copied here. Each row runs twice, first on an empty compile cache for one update, then for
+`--windows` x `--steps` updates after a warm-up; medians over the windows, with the least and the greatest.
+Writes rows.json, table.md and plot.png into --out.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import imageio.v3 as imageio
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from benchmarks.report import markdown, plot
+from models import DiT
+from utils.config import parse_config, require
+
+RowName = Literal["teacher", "student", "student-self", "textbook-fp32", "textbook-bf16", "meanflow"]
+# Forward passes an image, a backward pass counted as two: the teacher's guided velocity takes two on every image, the
+# targets of splitting one (anchored) or two (self-split) on half of them. A JVP is counted as two.
+FORWARDS = {"teacher": 3.0, "student": 3 + 2 + 0.5, "student-self": 3 + 1 + 1, "textbook-fp32": 3.0, "textbook-bf16": 3.0, "meanflow": 4.0}
+CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Config:
+    rows: tuple[RowName, ...] = ("teacher", "student", "student-self", "textbook-fp32", "textbook-bf16", "meanflow")
+    model: tuple[str, ...] = ("DiT-S/2",)       # presets
+    batch_size: tuple[int, ...] = (512,)        # images an update on each GPU
+    num_gpus: tuple[int, ...] = (1,)            # more than one: torchrun on this machine, training scripts only
+    image_size: int = 32                        # side of the random images
+    steps: int = 20                             # updates in a window
+    windows: int = 5                            # windows that are measured
+    cold: bool = True                           # also measure the first update on an empty compile cache
+    num_workers: int = 8                        # worker processes of the textbook loop
+    compile: bool = True                        # torch.compile where the row would
+    device: str = "auto"                        # auto, cuda, cpu
+    out: str = "results/throughput"             # folder to write to
+
+    def __post_init__(self) -> None:
+        for field in ("image_size", "steps", "windows", "num_workers"):
+            require(self, field, getattr(self, field) >= 1, "at least 1")
+        for field in ("rows", "model", "batch_size", "num_gpus"):
+            require(self, field, len(getattr(self, field)) > 0, "one or more values")
+        for field in ("batch_size", "num_gpus"):
+            require(self, field, min(getattr(self, field)) >= 1, "counts of at least 1")
+
+
+@dataclass
+class Row:
+    """What one row measured; times in seconds, throughput over all GPUs, None where it was not measured."""
+
+    name: str
+    model: str
+    batch_size: int
+    num_gpus: int
+    images_per_second: list[float]
+    memory_gib: float | None
+    first_update_cold: float | None
+    first_update_warm: float
+    tflops: float
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.images_per_second)
+
+
+def write_images(folder: Path, size: int, count: int = 2048) -> None:
+    """A class-folder tree of random PNGs: loaders decode it, and no kernel runs faster on it than on real images."""
+    pixels = torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy()
+    for i, image in enumerate(pixels):
+        path = folder / f"class{i % CLASSES}" / f"{i:05d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        imageio.imwrite(path, image)
+
+
+def forward_flops(model: str, image_size: int) -> float:
+    """Floating-point operations of one image's forward pass, matrix products only, two for a multiply and add."""
+    network = DiT(model, image_size, 3, CLASSES, interval=True)
+    one = torch.zeros(1)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, 3, image_size, image_size), one, one, one.long())
+    return float(counter.get_total_flops())
+
+
+def command(name: str, model: str, batch: int, gpus: int, steps: int, cfg: Config, folder: Path, run: str) -> list[str]:
+    """The command line of one row, which leaves its metrics in folder/results/<run>/metrics.jsonl."""
+    common = ["--data", str(folder / "images"), "--image-size", str(cfg.image_size), "--results-dir", str(folder / "results"),
+              "--name", run, "--steps", str(steps), "--log-every", str(min(steps, cfg.steps)), "--device", cfg.device]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"] if gpus > 1 else []
+    script = ["--global-batch-size", str(batch * gpus), "--sample-every", str(steps), "--save-every", str(steps), "--comet", "off",
+              "--compile", str(cfg.compile), "--num-workers", "8"]
+    if name == "teacher":
+        row = [*launcher, "train_teacher.py", "--model", model, *script, "--sample-steps", "1", "--guidance-scale", "1"]
+    elif name.startswith("student"):
+        split = "self" if name == "student-self" else "anchored"
+        row = [*launcher, "train_student.py", *script, "--teacher", str(folder / "results" / f"first-teacher-{model.replace('/', '-')}"),
+               "--split", split, "--num-steps", "1"]
+    else:
+        kind, _, precision = name.partition("-")
+        row = ["-m", f"benchmarks.{kind}", "--model", model, "--batch-size", str(batch)]
+        row += ["--precision", precision, "--num-workers", str(cfg.num_workers)] if precision else ["--compile", str(cfg.compile)]
+    return [sys.executable, *row, *common]
+
+
+def launch(line: list[str], metrics: Path, cache: Path) -> tuple[float, list[dict]]:
+    """Run a command. Returns the seconds from its start to its first line of metrics, and all lines.
+
+    Raises:
+        RuntimeError: it failed; with the end of what it printed.
+    """
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(sys.path)}
+    with tempfile.TemporaryFile("w+") as printed:
+        start, first = time.monotonic(), None
+        process = subprocess.Popen(line, stdout=printed, stderr=subprocess.STDOUT, env=environment)
+        while process.poll() is None:
+            if first is None and metrics.exists() and metrics.stat().st_size:
+                first = time.monotonic() - start
+            time.sleep(0.05)
+        printed.seek(0)
+        if process.returncode or first is None:
+            raise RuntimeError(f"{' '.join(line)} ended with {process.returncode}:\n{printed.read()[-3000:]}")
+    return first, [json.loads(text) for text in metrics.read_text().splitlines()]
+
+
+def measure(name: str, model: str, batch: int, gpus: int, cfg: Config, folder: Path) -> Row:
+    """Run one row: once cold, if asked for, then warm."""
+    run = f"{name}-{model}-{batch}-{gpus}".replace("/", "-")
+    cache, cold = folder / "caches" / run, None
+    for kind, steps in (("cold", 1), ("warm", (cfg.windows + 1) * cfg.steps)):
+        if kind == "cold" and not cfg.cold:
+            continue
+        line = command(name, model, batch, gpus, steps, cfg, folder, f"{kind}-{run}")
+        first, rows = launch(line, folder / "results" / f"{kind}-{run}" / "metrics.jsonl", cache)
+        cold = first if kind == "cold" else cold
+    speeds = [row["images_per_second"] for row in rows[1:]]                     # the first window holds compilation
+    first -= (cfg.steps - 1) * batch * gpus / statistics.median(speeds)         # its line comes after a whole window
+    flops = forward_flops(model, cfg.image_size) * FORWARDS[name] * statistics.median(speeds) / 1e12
+    return Row(name, model, batch, gpus, speeds, rows[-1].get("memory_gib"), cold, first, flops)
+
+
+def matmul_ceiling(size: int = 8192) -> float:
+    """TFLOP/s of a bf16 matrix product of random data on this GPU: the median of 20."""
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    times = []
+    for _ in range(23):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        a @ b
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return 2 * size**3 / statistics.median(times[3:]) / 1e12
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    cfg = parse_config(Config, argv, __doc__)
+    on_gpu = torch.cuda.is_available() and cfg.device != "cpu"
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_images(folder / "images", cfg.image_size)
+        ceiling = matmul_ceiling() if on_gpu else None
+        for model in cfg.model:
+            if any(name.startswith("student") for name in cfg.rows):            # a student needs some teacher of its size
+                first = f"first-teacher-{model.replace('/', '-')}"
+                line = command("teacher", model, min(cfg.batch_size), 1, 1, cfg, folder, first)
+                launch([*line, "--compile", "False"], folder / "results" / first / "metrics.jsonl", folder / "caches")
+            for gpus in cfg.num_gpus:
+                for batch in cfg.batch_size:
+                    for name in cfg.rows:
+                        if gpus > 1 and name.startswith(("textbook", "meanflow")):
+                            continue
+                        rows.append(measure(name, model, batch, gpus, cfg, folder))
+                        tqdm.write(f"{name} {model} batch {batch} x {gpus}: {rows[-1].median:.0f} images/s", file=sys.stderr)
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    device = torch.cuda.get_device_name() if on_gpu else "cpu"
+    facts = {"device": device, "torch": torch.__version__, "matmul_tflops": ceiling, "steps": cfg.steps, "image_size": cfg.image_size}
+    (out / "rows.json").write_text(json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
+    (out / "table.md").write_text(markdown(rows, ceiling))
+    plot(rows, out / "plot.png", device)
+    print(markdown(rows, ceiling))
+
+
+if __name__ == "__main__":
+    main()

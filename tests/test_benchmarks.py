@@ -1,0 +1,56 @@
+"""The speed benchmark at toy size: every row runs and is reported as it ran. No times are asserted."""
+
+import json
+import sys
+
+import pytest
+
+from benchmarks import meanflow, textbook, throughput
+from benchmarks.report import markdown
+
+TINY = ["--model", "DiT-Nano/8", "--image-size", "16", "--batch-size", "16", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    throughput.write_images(folder, 16, 64)
+    return folder
+
+
+@pytest.mark.parametrize(("module", "flags"), [
+    (textbook, ["--precision", "fp32", "--num-workers", "0"]),
+    (meanflow, []),
+])
+def test_rivals_train(module, flags, images, tmp_path):
+    module.main([*TINY, *flags, "--data", str(images), "--steps", "30", "--log-every", "10", "--results-dir", str(tmp_path), "--name", "a"])
+    rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [10, 20, 30] and all(row["images_per_second"] > 0 for row in rows)
+    if module is textbook:                                  # MeanFlow's weighted loss is no measure of progress
+        assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_throughput_of_a_training_script(tmp_path):
+    throughput.main([*TINY, "--rows", "teacher", "--steps", "2", "--windows", "3", "--cold", "False", "--out", str(tmp_path)])
+    row, = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert row["name"] == "teacher" and len(row["images_per_second"]) == 3 and row["first_update_cold"] is None
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+    assert "| teacher | DiT-Nano/8 | 16 | 1 |" in (tmp_path / "table.md").read_text()
+
+
+def test_failed_row_says_why(tmp_path):
+    with pytest.raises(RuntimeError, match="DiT-Huge/2"):
+        throughput.launch([sys.executable, "-c", "raise SystemExit('no DiT-Huge/2')"], tmp_path / "metrics.jsonl", tmp_path)
+
+
+def test_forward_flops_of_s2():
+    """12 d^2 weights a block and token, 4 T d for attention, by hand."""
+    tokens, width, depth = 256, 384, 12
+    blocks = tokens * depth * 2 * (12 * width**2 + 2 * tokens * width)
+    assert throughput.forward_flops("DiT-S/2", 32) == pytest.approx(blocks, rel=0.01)
+
+
+def test_table():
+    row = throughput.Row("teacher", "DiT-S/2", 512, 2, [7000.0, 8000.0, 9000.0], 20.0, 31.0, 9.6, 800.0)
+    line = markdown([row], 800.0).splitlines()[2]
+    assert line == "| teacher | DiT-S/2 | 512 | 2 | 8,000 (7,000 to 9,000) | 128.0 | 20.0 | 800 | 50% | 31 | 10 |"
