@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
@@ -19,7 +20,7 @@ from benchmarks.metrics import Metrics
 from models import DiT
 from utils import distributed
 from utils.config import parse_config
-from utils.flow import interpolate
+from utils.flow import conditional_velocity, interpolate
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ def endless(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
 def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse_config(Config, argv, __doc__)
     device = distributed.start(cfg.device).device
+    torch.manual_seed(0)
     transform = transforms.Compose([
         transforms.Resize(cfg.image_size), transforms.CenterCrop(cfg.image_size), transforms.RandomHorizontalFlip(),
         transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3),
@@ -64,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         eps, t = torch.randn_like(x), torch.rand(len(x), device=device)
         y = torch.where(torch.rand(len(x), device=device) < 0.1, network.null_class, y)
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
-            loss = (network.velocity(interpolate(x, eps, t), t, y) - (eps - x)).square().mean()
+            loss = F.mse_loss(network.velocity(interpolate(x, eps, t), t, y), conditional_velocity(x, eps))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
