@@ -10,17 +10,19 @@ The teacher's guidance is learned by the student, which samples in 1, 2 or 4 eva
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from timm.utils import ModelEmaV3
 from torch.nn.utils import clip_grad_norm_
 
-from models import DiT, student_from_teacher
+from models import Classifier, DiT, student_from_teacher
 from utils import distributed, recipes
 from utils.checkpoints import load_network, read_latest
 from utils.config import RunConfig, check_law, parse_config, require, to_dict
 from utils.data import Batches, check_guidance, load_images
+from utils.evaluation import QuickEvaluation
 from utils.flow import interpolate
 from utils.guidance import guided_velocity
 from utils.interrupt import StopRequest
@@ -96,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = load_images(cfg.data, cfg.data_root, cfg.image_size, cfg.num_workers)
     check_guidance(images, (cfg.guidance_scale,))
     batches = Batches(images, cfg.global_batch_size, cfg.seed, ranks)
+    evaluate = cfg.eval_every and QuickEvaluation(cfg.classifier, Classifier, images, ranks, cfg.results_dir)
     run = Run(cfg, "student", ranks)
     kept = run.folder / "teacher.safetensors"
     path = kept if kept.exists() else find_teacher(cfg.teacher, cfg.results_dir, cfg.data, images.shape[1])
@@ -169,6 +172,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                         run.images(step, f"{num_steps}step", trajectory[-1])
                         if num_steps == max(cfg.num_steps):
                             run.gif(step, f"trajectory_{num_steps}step", trajectory)
+            if evaluate and (last or step % cfg.eval_every == 0) and ranks.is_main:
+                with run.paused():
+                    rows = {f"{n}step": partial(sample_average_velocity, ema.module, num_steps=n) for n in cfg.num_steps}
+                    run.evaluation(step, evaluate(rows), ema.module, metadata)
             if saving:
                 with run.paused():
                     run.save(step, networks, dict(optimizer=optimizer.state_dict(), seconds=run.seconds), metadata)

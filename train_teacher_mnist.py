@@ -10,17 +10,19 @@ Everything goes to results/<name>/. The same command continues a run that was st
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from timm.utils import ModelEmaV3
 from torch.nn.utils import clip_grad_norm_
 
-from models import PRESETS, DiT
+from models import PRESETS, Classifier, DiT
 from utils import distributed, recipes
 from utils.checkpoints import read_latest
 from utils.config import RunConfig, check_law, parse_config, require, to_dict
 from utils.data import Batches, check_guidance, load_images
+from utils.evaluation import QuickEvaluation
 from utils.guidance import drop_labels, guided_velocity
 from utils.interrupt import StopRequest
 from utils.losses import flow_matching_loss
@@ -76,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = load_images(cfg.data, cfg.data_root, cfg.image_size, cfg.num_workers)
     check_guidance(images, cfg.guidance_scale)
     batches = Batches(images, cfg.global_batch_size, cfg.seed, ranks)
+    evaluate = cfg.eval_every and QuickEvaluation(cfg.classifier, Classifier, images, ranks, cfg.results_dir)
     torch.manual_seed(fold(cfg.seed, "weights"))            # alike on every rank
     network = DiT(cfg.model, images.shape[1], images.shape[0], len(images.classes)).to(device)
     ema = ModelEmaV3(network, decay=cfg.ema_decay, use_warmup=True, warmup_gamma=9, warmup_power=1, exclude_buffers=True)
@@ -135,6 +138,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                         run.images(step, f"cfg{scale}", trajectory[-1])
                         if scale == sorted(cfg.guidance_scale)[len(cfg.guidance_scale) // 2]:
                             run.gif(step, f"trajectory_cfg{scale}", trajectory)
+            if evaluate and (last or step % cfg.eval_every == 0) and ranks.is_main:
+                with run.paused():
+                    guided = {w: guided_velocity(ema.module.velocity, network.null_class, w) for w in cfg.guidance_scale}
+                    rows = {f"cfg{w}": partial(sample_velocity, v, num_steps=cfg.sample_steps) for w, v in guided.items()}
+                    run.evaluation(step, evaluate(rows), ema.module, metadata)
             if saving:
                 with run.paused():
                     run.save(step, networks, dict(optimizer=optimizer.state_dict(), seconds=run.seconds), metadata)

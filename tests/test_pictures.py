@@ -94,12 +94,14 @@ def test_curves_are_drawn(tmp_path):
     """As a PNG, and other numbers make another picture."""
     pictures = []
     for num in (2, 9):
-        save_curves(tmp_path / "curves.png", metrics(tmp_path / "metrics.jsonl", num))
+        metrics(tmp_path / "metrics.jsonl", num)
+        save_curves(tmp_path / "curves.png", tmp_path)
         pictures.append(imageio.imread(tmp_path / "curves.png"))
     assert pictures[0].shape == pictures[1].shape and pictures[0].std() > 5
     assert (pictures[0] != pictures[1]).any()
 
 
 def test_no_metrics_no_curves(tmp_path):
-    save_curves(tmp_path / "curves.png", metrics(tmp_path / "metrics.jsonl", 0))
+    metrics(tmp_path / "metrics.jsonl", 0)
+    save_curves(tmp_path / "curves.png", tmp_path)
     assert not (tmp_path / "curves.png").exists()

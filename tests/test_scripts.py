@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -208,13 +209,18 @@ def test_full_disk(results, small_disk):
 
 @pytest.mark.parametrize("which", ["teacher", "student"])
 def test_two_processes_equal_one(results, tmp_path, which):
+    """The student from its first step; the teacher goes on where one process left it."""
     script, arguments = ("train_teacher_mnist.py", TEACHER) if which == "teacher" else \
         ("train_student_mnist.py", [*COMMON, "--teacher", str(results / "teacher-digits")])
+    if which == "teacher":
+        shutil.copytree(results / "teacher-digits", tmp_path / "teacher-digits")
+        shutil.rmtree(step_folders(tmp_path / "teacher-digits/checkpoints")[-1])
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, *arguments,
                            "--results-dir", str(tmp_path)],
                           cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("finished") == 1                   # only rank 0 speaks
+    assert ("going on after step 4" in done.stdout) == (which == "teacher")
     a, b = everything(results / f"{which}-digits"), everything(tmp_path / f"{which}-digits")
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")

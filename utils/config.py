@@ -36,12 +36,15 @@ class RunConfig:
     sample_every: int = 2_000                   # updates between sample grids
     save_every: int = 2_000                     # updates between checkpoints
     keep: int = 2                               # checkpoints to keep
+    eval_every: int | None = None               # updates between quick evaluations of 5,000 images; None: none
+    classifier: str | None = None               # file of train_classifier.py to evaluate with; None: the released one of the data set
     num_workers: int = 4                        # threads that decode image files
     comet: Literal["auto", "offline", "off"] = "auto"      # auto: online if a comet.com key is configured, else offline
 
     def __post_init__(self) -> None:
         for field in ("steps", "global_batch_size", "log_every", "sample_every", "save_every", "keep", "num_workers"):
             require(self, field, getattr(self, field) >= 1, "at least 1")
+        require(self, "eval_every", self.eval_every is None or self.eval_every >= 1, "at least 1, or None")
         require(self, "max_minutes", self.max_minutes is None or self.max_minutes > 0, "above 0, or None")
         require(self, "image_size", self.image_size is None or self.image_size >= 1, "at least 1, or None")
         require(self, "name", self.name is None or (self.name not in ("", ".", "..") and not set(self.name) & set("/\\")),
@@ -50,7 +53,7 @@ class RunConfig:
 
 # A run may be continued with other values of these: they do not change what it computes.
 FREE_FIELDS = {"max_minutes", "device", "compile", "results_dir", "name", "log_every", "sample_every", "save_every", "keep",
-               "num_workers", "comet", "data_root"}
+               "eval_every", "classifier", "num_workers", "comet", "data_root"}
 
 ConfigT = TypeVar("ConfigT")
 

@@ -1,6 +1,6 @@
 """Images as one uint8 tensor, and batches as a function of the step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -72,6 +72,13 @@ def load_torchvision(name: str, root: str, train: bool = True) -> tuple[Tensor, 
     return pixels.contiguous(), torch.as_tensor(data.targets), [str(c).split(" - ")[0] for c in data.classes]
 
 
+def resize(pixels: Tensor, size: int) -> Tensor:
+    """Square uint8 images (N, C, H, H) to side `size`."""
+    if pixels.shape[-1] == size:
+        return pixels
+    return torch.cat([to_pixels(F.interpolate(to_range(part), size, mode="bicubic", antialias=True)) for part in pixels.split(1024)])
+
+
 def load_images(data: str, data_root: str = "data", image_size: int | None = None, num_workers: int = 4) -> Images:
     """Load a data set by name or path.
 
@@ -92,10 +99,32 @@ def load_images(data: str, data_root: str = "data", image_size: int | None = Non
         pixels, labels, classes = load_folder(Path(data), image_size or 32, num_workers)
     else:
         raise ValueError(f"--data {data}: no such data set or path; use one of {', '.join(NAMES)}, or the path of a folder or zip")
-    if image_size and pixels.shape[-1] != image_size:
-        pixels = torch.cat([to_pixels(F.interpolate(to_range(part), image_size, mode="bicubic", antialias=True))
-                            for part in pixels.split(1024)])
-    return Images(data, pixels, labels, classes, flip=data not in ("mnist", "digits"))
+    return Images(data, resize(pixels, image_size or pixels.shape[-1]), labels, classes, flip=data not in ("mnist", "digits"))
+
+
+def load_held_out(images: Images, path: str | None, data_root: str = "data", num_workers: int = 4) -> tuple[Images, Images]:
+    """A training split and a held-out one of the same classes and size.
+
+    Args:
+        images: what `load_images` gave; the training split of mnist and cifar10, all there is otherwise.
+        path: images of one's own to hold out. None: the test split of mnist and cifar10; otherwise every tenth image of
+            `images` is taken out.
+
+    Raises:
+        ValueError: the held-out images have other classes.
+    """
+    if path is not None:
+        held_out = load_images(path, data_root, images.shape[-1], num_workers)
+        if held_out.classes != images.classes or held_out.shape != images.shape:
+            raise ValueError(f"--held-out {path} has classes {held_out.classes} and shape {held_out.shape}; "
+                             f"--data {images.name} has {images.classes} and {images.shape}")
+        return images, held_out
+    if images.name in ("mnist", "cifar10"):
+        pixels, labels, _ = load_torchvision(images.name, data_root, train=False)
+        return images, replace(images, pixels=resize(pixels, images.shape[-1]), labels=labels)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    rest, tenth = order[len(images) // 10 :], order[: len(images) // 10]
+    return tuple(replace(images, pixels=images.pixels[part], labels=images.labels[part]) for part in (rest, tenth))
 
 
 def check_guidance(images: Images, guidance_scales: tuple[float, ...]) -> None:

@@ -39,27 +39,38 @@ def save_gif(path: Path, trajectory: Tensor, columns: int = 10, seconds: float =
     imageio.imwrite(path, frames, duration=durations, loop=0)
 
 
-def save_curves(path: Path, metrics_file: Path) -> None:
-    """Plot metrics.jsonl: losses (logarithmic), gradient norm, learning rate, images/s against the step."""
+def read_lines(file: Path) -> list[dict]:
+    """Rows of a .jsonl file; none if it is not there."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def save_curves(path: Path, folder: Path) -> None:
+    """Plot a run folder's metrics.jsonl: losses, gradient norm (both logarithmic), learning rate, images/s against the step;
+    and evaluations.jsonl, if there were any: Frechet distances and accuracies."""
     import matplotlib  # slow to import: only when there is something to draw
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = [json.loads(line) for line in metrics_file.read_text().splitlines()]
+    rows, evaluations = read_lines(folder / "metrics.jsonl"), read_lines(folder / "evaluations.jsonl")
     if not rows:
         return
     others = ("grad_norm", "learning_rate", "images_per_second")
     losses = [key for key in rows[0] if key not in (*others, "step", "seconds", "memory_gib")]
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
-    for axis, keys in zip(axes.flat, (losses, *([key] for key in others))):
+    panels = [(rows, losses), *((rows, [key]) for key in others)]
+    for prefix in ("fd", "accuracy"):
+        panels += [(evaluations, keys)] if evaluations and (keys := [key for key in evaluations[0] if key.startswith(prefix)]) else []
+    figure, axes = plt.subplots(-(-len(panels) // 2), 2, figsize=(10, 3.25 * -(-len(panels) // 2)), layout="constrained")
+    for axis, (lines, keys) in zip(axes.flat, panels):
         for key in keys:
-            axis.plot([row["step"] for row in rows], [row[key] for row in rows], label=key, linewidth=1)
+            axis.plot([line["step"] for line in lines], [line[key] for line in lines], label=key, linewidth=1)
         axis.set(xlabel="step", title=", ".join(keys))
         axis.grid(alpha=0.3)
         if len(keys) > 1:
             axis.legend()
-    axes.flat[0].set_yscale("log")
-    axes.flat[1].set_yscale("log")
+    for axis in axes.flat[:2]:
+        axis.set_yscale("log")
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -1,7 +1,7 @@
 """The run folder: what was asked for, what ran, what came out.
 
     results/<name>/
-        config.json  environment.json  metrics.jsonl  log.txt  curves.png  samples/  checkpoints/  comet/
+        config.json  environment.json  metrics.jsonl  evaluations.jsonl  log.txt  curves.png  samples/  checkpoints/  comet/
 """
 
 import json
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils import distributed
-from utils.checkpoints import save_checkpoint, step_folders
+from utils.checkpoints import read_weights, save_checkpoint, step_folders, write_weights
 from utils.config import differences, to_dict
 from utils.distributed import Ranks
 from utils.interrupt import StopRequest
@@ -100,10 +100,10 @@ class Run:
             starts_file, ran_on = self.folder / "environment.json", environment(self.ranks)
             starts = json.loads(starts_file.read_text()) if starts_file.exists() else []
             write_text(starts_file, json.dumps([*starts, {**ran_on, "after_step": step}], indent=2) + "\n")
-            metrics = self.folder / "metrics.jsonl"
-            lines = metrics.read_text().splitlines() if metrics.exists() else []
-            complete = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-            write_text(metrics, "".join(line + "\n" for line in complete))
+            for file in (self.folder / "metrics.jsonl", self.folder / "evaluations.jsonl"):
+                lines = file.read_text().splitlines() if file.exists() else []
+                complete = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+                write_text(file, "".join(line + "\n" for line in complete))
             self.comet = start_comet(self.config.comet, self.folder, self.name, self.note)
             if self.comet:
                 self.comet.log_parameters(self.description)
@@ -169,8 +169,20 @@ class Run:
         """Write the checkpoint of `step` and draw curves.png anew; see `utils.checkpoints.save_checkpoint`."""
         if self.ranks.is_main:
             path = save_checkpoint(self.checkpoints, step, networks, training, metadata, self.config.keep)
-            save_curves(self.folder / "curves.png", self.folder / "metrics.jsonl")
+            save_curves(self.folder / "curves.png", self.folder)
             self.write_log(f"saved {path}")
+
+    def evaluation(self, step: int, numbers: dict[str, float], ema: nn.Module, metadata: dict[str, Any]) -> None:
+        """One line of evaluations.jsonl; best.safetensors is the EMA of the step at which the first number was least."""
+        with open(self.folder / "evaluations.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **numbers}) + "\n")
+        self.note(f"step {step}: " + ", ".join(f"{key} {value:.4g}" for key, value in numbers.items()))
+        if self.comet:
+            self.comet.log_metrics(numbers, step=step)
+        name, value = next(iter(numbers.items()))
+        best = self.folder / "best.safetensors"
+        if not best.exists() or value < read_weights(best)[1]["best"][name]:
+            write_weights(best, ema.state_dict(), {**metadata, "step": step, "weights": "ema", "best": numbers})
 
     def advance(self) -> None:
         """One update is done: move the bar."""

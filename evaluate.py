@@ -1,0 +1,211 @@
+"""Numbers for any checkpoint: how far its images are from the data, beside the same numbers for real held-out images.
+
+    python evaluate.py checkpoints/student-mnist.safetensors                        1, 2, 4 and 8 steps, 3 seeds
+    python evaluate.py results/teacher-cifar10 --num-steps 25 --guidance-scale 1 1.5 2
+    python evaluate.py results/student-photos --data photos --held-out photos-test --features inception
+
+Protocol: the EMA weights' samples, rounded to 8 bits, classes in equal shares, against the whole training split; precision
+and recall against as many training images as samples. The feature space is part of every number's name: a released
+classifier of the data set with the hash of its weights, or the standard Inception network. Writes metrics.json, table.md,
+plot.png, neighbours.png and residual.png into --out.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from tqdm import tqdm
+
+from models import Classifier, DiT
+from utils import distributed, metrics, report
+from utils.checkpoints import load_network, resolve_weights
+from utils.config import parse_config, require, to_dict
+from utils.data import load_held_out, load_images, to_range
+from utils.distributed import Ranks
+from utils.evaluation import (
+    Judge,
+    Sample,
+    classifier_judge,
+    compare,
+    draw,
+    fingerprint,
+    reference_features,
+    residual_map,
+    shuffled,
+    summary,
+    teacher_distance,
+)
+from utils.flow import interpolate
+from utils.guidance import guided_velocity
+from utils.pictures import save_grid
+from utils.sampling import sample_average_velocity, sample_velocity
+from utils.seeding import generator
+
+INCEPTION_FILE, INCEPTION_SHA256 = "pt_inception-2015-12-05-6726825d.pth", "6726825d"
+
+
+@dataclass(frozen=True)
+class Config:
+    checkpoint: Annotated[str, tyro.conf.Positional]        # safetensors file, checkpoint folder, or run folder (its newest)
+    data: str | None = None                     # the training images; None: what the checkpoint was trained on
+    held_out: str | None = None                 # path of held-out images of your own; None: the test split, or every tenth image
+    data_root: str = "data"                     # where mnist and cifar10 are, or are downloaded to
+    features: Literal["classifier", "inception"] = "classifier"     # feature space
+    classifier: str | None = None               # file of train_classifier.py; None: checkpoints/classifier-<data>.safetensors
+    inception_weights: str | None = None        # file of torch-fidelity's Inception weights; None: download them
+    num_steps: tuple[int, ...] = ()             # sampling steps, a row each; empty: 1 2 4 8 for a student, 25 for a teacher
+    guidance_scale: tuple[float, ...] = (1.0,)  # teacher only, a row each
+    num_images: int = 10_000                    # samples of each row and seed; 50000 for the record
+    seeds: int = 3                              # sets of samples, from other noise
+    teacher: str | None = None                  # of a student, for the distance from it; None: the one beside the checkpoint, if any
+    batch_size: int = 500                       # images at a time
+    device: str = "auto"                        # auto, cuda, cpu
+    num_workers: int = 4                        # threads that decode image files
+    out: str | None = None                      # folder to write to; None: results/evaluation-<checkpoint>
+    cache: str = "results/features"             # folder that keeps the training split's features
+
+    def __post_init__(self) -> None:
+        for field in ("num_images", "seeds", "batch_size"):
+            require(self, field, getattr(self, field) >= 1, "at least 1")
+        require(self, "num_steps", all(n >= 1 for n in self.num_steps), "counts of at least 1")
+        require(self, "guidance_scale", len(self.guidance_scale) > 0, "one or more numbers")
+
+
+def inception_judge(weights: str | None, ranks: Ranks) -> Judge:
+    """Inception-v3 as in the field's FID: 2048 pooled features, through torch-fidelity's exact resizing.
+
+    Raises:
+        ValueError: the weights are not there and cannot be downloaded.
+    """
+    from torch_fidelity.utils import create_feature_extractor  # slow to import
+
+    if weights is not None:                                 # it will be unpickled: only the one known file may be
+        if not Path(weights).is_file():
+            raise ValueError(f"--inception-weights {weights}: no such file")
+        digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
+        if not digest.startswith(INCEPTION_SHA256):
+            raise ValueError(f"--inception-weights {weights} has SHA-256 {digest[:8]}...; {INCEPTION_FILE} has {INCEPTION_SHA256}...")
+    try:
+        network = create_feature_extractor("inception-v3-compat", ["2048", "logits_unbiased"], cuda=ranks.device.type == "cuda",
+                                           feature_extractor_weights_path=weights, verbose=False)
+    except OSError as error:
+        raise ValueError(f"--features inception: the weights could not be downloaded ({error}). Where there is a network, get "
+                         f"{INCEPTION_FILE} from torch-fidelity's releases, and name it with --inception-weights") from error
+
+    def see(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return network(pixels.to(ranks.device).expand(-1, 3, -1, -1))
+
+    return Judge(f"inception-{fingerprint(*network.state_dict().values())}", see, knows_classes=False, batch_size=100)
+
+
+def rows_of(network: DiT, student: bool, cfg: Config) -> list[tuple[str, int, Sample]]:
+    """Name, network evaluations and sampler of each row."""
+    if student:
+        return [(f"{n} step" + "s" * (n > 1), n, partial(sample_average_velocity, network, num_steps=n))
+                for n in cfg.num_steps or (1, 2, 4, 8)]
+    return [(f"{n} Euler steps, guidance {w}", n * (1 if w == 1 else 2),
+             partial(sample_velocity, guided_velocity(network.velocity, network.null_class, w), num_steps=n))
+            for n in cfg.num_steps or (25,) for w in cfg.guidance_scale]
+
+
+def find_own_teacher(checkpoint: str, teacher: str | None) -> Path | None:
+    """The teacher a student was made from: as given, in its run folder, or beside its released file; None if it is in none."""
+    if teacher is not None:
+        return resolve_weights(teacher)
+    file = resolve_weights(checkpoint)
+    places = [folder / "teacher.safetensors" for folder in file.parents[:3]]
+    if "student" in file.name:
+        places.append(file.with_name(file.name.replace("student", "teacher")))
+    return next((place for place in places if place.is_file()), None)
+
+
+@torch.no_grad()
+def main(argv: Sequence[str] | None = None) -> None:
+    cfg = parse_config(Config, argv, __doc__)
+    ranks = distributed.start(cfg.device)
+    network, metadata = load_network(cfg.checkpoint, DiT, ranks.device)
+    student = metadata["kind"] == "student"
+    if student and cfg.guidance_scale != (1.0,):
+        raise ValueError(f"--guidance-scale {' '.join(map(str, cfg.guidance_scale))}: a student has its guidance inside")
+    architecture = network.architecture
+    images = load_images(cfg.data or metadata["config"]["data"], cfg.data_root, architecture["image_size"], cfg.num_workers)
+    if (images.shape, images.classes) != ((architecture["num_channels"], *[architecture["image_size"]] * 2), metadata["classes"]):
+        raise ValueError(f"--data {images.name} has shape {images.shape} and classes {images.classes}; {cfg.checkpoint} was trained on "
+                         f"{architecture['num_channels']} channels and classes {metadata['classes']}")
+    images, held_out = load_held_out(images, cfg.held_out, cfg.data_root, cfg.num_workers)
+    judge = (inception_judge(cfg.inception_weights, ranks) if cfg.features == "inception"
+             else classifier_judge(cfg.classifier, Classifier, images, ranks))
+
+    # The training split and the floor.
+    real, real_labels = shuffled(images)
+    metrics.check_pixels(real, 2, "training images")
+    reference = reference_features(judge, real, Path(cfg.cache))
+    least = reference.features.shape[1] + 1
+    floor_pixels, floor_labels = shuffled(held_out)
+    metrics.check_pixels(floor_pixels, least, "held-out images")
+    floor_features = judge(floor_pixels[: cfg.num_images])
+    floor = compare(judge, floor_features, floor_labels[: cfg.num_images], reference)
+    num_floor = len(floor_features.features)
+    protocol = {"checkpoint": cfg.checkpoint, "features": judge.name, "num_images": cfg.num_images,
+                "reference": f"{len(real)} training images", "floor": f"{num_floor} held-out images", "seeds": cfg.seeds,
+                "weights": "EMA", "precision": "8 bits"}
+    print("  ".join(f"{key}: {value}" for key, value in protocol.items()), flush=True)
+    if num_floor < cfg.num_images:
+        print(f"note: the floor has fewer images than the rows ({num_floor} < {cfg.num_images}), which alone makes its distances larger")
+
+    # Each row: samples of every seed.
+    num_classes = max(1, len(images.classes))
+    y = torch.arange(cfg.num_images) * num_classes // cfg.num_images            # classes in equal shares
+    held_nearest, _ = metrics.nearest(floor_features.features[:2000], reference.features)
+    out = Path(cfg.out or f"results/evaluation-{Path(cfg.checkpoint).stem}")
+    out.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    ideal = None
+    if student and (own := find_own_teacher(cfg.checkpoint, cfg.teacher)):
+        teacher, _ = load_network(own, DiT, ranks.device)
+        v = guided_velocity(teacher.velocity, teacher.null_class, metadata["config"]["guidance_scale"],
+                            tuple(metadata["config"]["guidance_interval"]))
+        ideal = partial(sample_velocity, v, num_steps=32, method="heun")
+    for name, evaluations, sample in rows_of(network, student, cfg):
+        seeds = []
+        for seed in tqdm(range(cfg.seeds), name, disable=None):
+            pixels = draw(sample, y, images.shape, seed, ranks, cfg.batch_size)
+            metrics.check_pixels(pixels, least, "samples")
+            seen = judge(pixels)
+            numbers = compare(judge, seen, y, reference)
+            few = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))[:2000]
+            distances, indices = metrics.nearest(seen.features[few], reference.features, 4)
+            ratio, copies = metrics.memorisation(distances[:, 0], held_nearest[:, 0])
+            numbers |= {"neighbour_ratio": ratio, "near_copies": copies}
+            if ideal is not None:
+                numbers["teacher_distance"] = teacher_distance(sample, ideal, y[few[:200]], images.shape, seed, ranks)
+            seeds.append(numbers)
+            if not rows and seed == 0:                      # the samples that are nearest to some training image, with those
+                suspects = distances[:, 0].topk(10, largest=False).indices
+                _, by_pixels = metrics.nearest(pixels[few[suspects]], real, 4)
+                shown = [torch.cat([pixels[few[i]][None], real[indices[i]], real[near]]) for i, near in zip(suspects, by_pixels)]
+                save_grid(out / "neighbours.png", to_range(torch.cat(shown)), columns=9)
+        rows.append({"name": name, "evaluations": evaluations, **summary(seeds)})
+        print(report.line(rows[-1], floor), flush=True)
+
+    if student:
+        x, eps = to_range(real[:200].to(ranks.device)), torch.randn(200, *images.shape, generator=generator(ranks.device, 0, "map"),
+                                                                    device=ranks.device)
+        with ranks.autocast():
+            residual = residual_map(network, lambda t: interpolate(x, eps, t), real_labels[:200].to(ranks.device))
+        report.save_residual(out / "residual.png", residual)
+    result = {"protocol": protocol, "config": to_dict(cfg), "floor": floor, "rows": rows}
+    (out / "metrics.json").write_text(json.dumps(result, indent=2) + "\n")
+    (out / "table.md").write_text(report.table(rows, floor, protocol))
+    report.save_plot(out / "plot.png", rows, floor)
+    print(f"\n{report.table(rows, floor, protocol)}\n{out}")
+
+
+if __name__ == "__main__":
+    main()

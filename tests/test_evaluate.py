@@ -1,0 +1,197 @@
+"""evaluate.py, train_classifier.py and their parts, on the digits inside scikit-learn."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import evaluate
+import train_classifier
+import train_student_mnist
+import train_teacher_mnist
+from benchmarks import sensitivity
+from models import Classifier, DiT, student_from_teacher
+from utils import distributed
+from utils.checkpoints import read_weights, write_weights
+from utils.data import load_held_out, load_images
+from utils.evaluation import Judge, classifier_judge, fingerprint, reference_features, residual_map, shuffled, summary
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A judge of the digits, and an untrained teacher and student of Nano size."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    train_classifier.main(["--data", "digits", "--out", str(folder / "judge.safetensors"), "--epochs", "12", "--width", "8",
+                           "--min-accuracy", "0.9", "--device", "cpu"])
+    torch.manual_seed(0)
+    teacher = DiT("DiT-Nano/4", 8, 1, 10)
+    torch.nn.init.normal_(teacher.final.out.weight, std=0.02)
+    config = {"data": "digits", "guidance_scale": 1.5, "guidance_interval": [0.0, 1.0]}
+    classes = [str(digit) for digit in range(10)]
+    for kind, network in (("teacher", teacher), ("student", student_from_teacher(teacher))):
+        write_weights(folder / f"{kind}-digits.safetensors", network.state_dict(),
+                      dict(kind=kind, architecture=network.architecture, classes=classes, config=config, step=1))
+    return folder
+
+
+def run(folder, checkpoint, *flags):
+    evaluate.main([str(folder / checkpoint), "--classifier", str(folder / "judge.safetensors"), "--num-images", "300", "--seeds", "2",
+                   "--out", str(folder / "out"), "--cache", str(folder / "cache"), "--device", "cpu", *flags])
+    return json.loads((folder / "out" / "metrics.json").read_text())
+
+
+def test_student(folder, capsys):
+    result = run(folder, "student-digits.safetensors", "--num-steps", "1", "2")
+    assert [(row["name"], row["evaluations"]) for row in result["rows"]] == [("1 step", 1), ("2 steps", 2)]
+    assert result["floor"]["class_accuracy"] > 0.9 and result["floor"]["precision"] > 0.6
+    first = result["rows"][0]
+    assert first["frechet_distance"]["mean"] > 3 * result["floor"]["frechet_distance"]       # untrained
+    assert first["frechet_distance"]["std"] > 0 and 0 <= first["recall"]["mean"] < 0.5
+    assert first["teacher_distance"]["mean"] > 0                            # the teacher beside it was found
+    assert result["protocol"]["features"].startswith("judge-") and result["protocol"]["floor"] == "179 held-out images"
+    for name in ("table.md", "plot.png", "neighbours.png", "residual.png"):
+        assert (folder / "out" / name).stat().st_size > 100
+    assert "| real held-out images: the floor |" in capsys.readouterr().out
+
+
+def test_teacher_rows_count_guided_evaluations_twice(folder):
+    result = run(folder, "teacher-digits.safetensors", "--num-steps", "3", "--guidance-scale", "1", "2")
+    assert [row["evaluations"] for row in result["rows"]] == [3, 6]
+    assert "teacher_distance" not in result["rows"][0]
+
+
+def test_same_seeds_give_the_same_numbers(folder):
+    first, second = (run(folder, "student-digits.safetensors", "--num-steps", "1", "--batch-size", "100") for _ in range(2))
+    assert first["rows"] == second["rows"]
+
+
+@pytest.mark.parametrize(("flags", "error", "message"), [
+    (["--guidance-scale", "2"], ValueError, "has its guidance inside"),
+    (["--classifier", "nowhere.safetensors"], FileNotFoundError, "train_classifier.py --data digits"),
+    (["--data", "nowhere"], ValueError, "no such data set or path"),
+    (["--num-images", "20"], ValueError, "too few"),
+    (["--features", "inception", "--inception-weights", "nowhere.pth"], ValueError, "nowhere.pth: no such file"),
+    (["--features", "inception", "--inception-weights", __file__], ValueError, "has SHA-256"),
+])
+def test_errors(folder, flags, error, message):
+    with pytest.raises(error, match=message):
+        run(folder, "student-digits.safetensors", *flags)
+
+
+def test_judge_of_other_images_is_refused(folder):
+    images = load_images("digits")
+    with pytest.raises(ValueError, match="judges 1 channels, size 8"):
+        classifier_judge(str(folder / "judge.safetensors"), Classifier, replace(images, classes=["a", "b"]), distributed.start("cpu"))
+
+
+def test_bad_judge_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match=r"below --min-accuracy 0.99: nothing was written"):
+        train_classifier.main(["--data", "digits", "--epochs", "0.1", "--min-accuracy", "0.99", "--out", str(tmp_path / "a")])
+    assert not list(tmp_path.iterdir())
+
+
+def test_judge_is_never_overwritten(folder):
+    before = (folder / "judge.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="a judge is frozen"):
+        train_classifier.main(["--data", "digits", "--out", str(folder / "judge.safetensors")])
+    assert (folder / "judge.safetensors").read_bytes() == before
+
+
+def test_judge_says_what_it_is(folder):
+    _, metadata = read_weights(folder / "judge.safetensors")
+    assert metadata["kind"] == "classifier" and metadata["accuracy"] > 0.9 and metadata["image_size"] == 8
+    assert "out" not in metadata["config"] and "data_root" not in metadata["config"]
+
+
+def test_damage_is_seen_by_the_metric_that_should(folder, capsys):
+    sensitivity.main(["--data", "digits", "--classifier", str(folder / "judge.safetensors"), "--copies", "20", "--out", str(folder / "s"),
+                      "--cache", str(folder / "cache"), "--device", "cpu"])
+    lines = [line.split("|")[1:-1] for line in (folder / "s" / "table.md").read_text().splitlines() if line.startswith("|")]
+    columns = [cell.strip() for cell in lines[0]]
+    real, blurred, noisy, dropped, repeated, copied = (
+        {key: float(cell.split()[0]) for key, cell in zip(columns, line) if cell.strip() and key not in ("", "evaluations")}
+        for line in lines[2:])
+    assert blurred["FD"] > 5 * real["FD"] and blurred["precision"] < 0.5 * real["precision"]
+    assert noisy["FD"] > real["FD"]
+    assert dropped["FD"] > 1.5 * real["FD"] and dropped["precision"] > 0.9 * real["precision"]
+    assert repeated["recall"] < 0.5 * real["recall"] and repeated["precision"] > 0.9 * real["precision"]
+    assert copied["near copies"] > 5 * real["near copies"] and copied["FD"] < 1.5 * real["FD"]
+
+
+def test_held_out_images_are_not_in_the_training_split():
+    images, held_out = load_held_out(load_images("digits"), None)
+    assert len(images) + len(held_out) == 1797 and len(held_out) == 179
+    everything = torch.cat([images.pixels, held_out.pixels]).flatten(1).float().sum()
+    assert everything == load_images("digits").pixels.float().sum()
+
+
+def test_features_are_kept_under_the_names_of_judge_and_images(tmp_path):
+    calls = []
+
+    def see(pixels):
+        calls.append(len(pixels))
+        return pixels.flatten(1).float(), pixels.flatten(1).float()
+
+    pixels, _ = shuffled(load_images("digits"))
+    for judge in (Judge("a", see, False), Judge("a", see, False), Judge("b", see, False)):
+        features = reference_features(judge, pixels[:700], tmp_path)
+        assert torch.equal(features.features, pixels[:700].flatten(1).float())
+    assert calls == [500, 200, 500, 200]                        # the second time from the file, the third is another judge
+    reference_features(Judge("a", see, False), pixels[:600], tmp_path)
+    assert calls[4:] == [500, 100]
+
+
+def test_residual_map_vanishes_for_a_consistent_flow_only():
+    y = torch.zeros(4, dtype=torch.long)
+    eps = torch.randn(4, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    consistent = residual_map(lambda z, r, t, y: torch.ones_like(z), lambda t: eps, y, 4)
+    assert consistent.isnan().sum() == 6 and consistent[~consistent.isnan()].max() < 1e-12
+    wrong = residual_map(lambda z, r, t, y: z * (t - r).view(-1, 1, 1, 1), lambda t: eps, y, 4)
+    assert wrong[3, 0] > wrong[0, 0] > 0
+
+
+def test_summary():
+    result = summary([{"a": 1.0}, {"a": 3.0}])
+    assert result == {"a": {"mean": 2.0, "std": pytest.approx(2**0.5)}} and summary([{"a": 1.0}])["a"]["std"] is None
+
+
+def test_fingerprint_sees_one_bit():
+    a = torch.zeros(8)
+    b = a.clone()
+    b[7] = 1e-45
+    assert fingerprint(a) != fingerprint(b) and fingerprint(a) == fingerprint(a.clone()) and len(fingerprint(a)) == 8
+
+
+def test_classifier_features_are_means():
+    torch.manual_seed(0)
+    network = Classifier(3, 5, 4).eval()
+    x = torch.randn(2, 3, 16, 16)
+    assert network.features(x).shape == (2, 16) and network(x).shape == (2, 5) and network.features(x).min() >= 0
+
+
+def test_training_evaluates_on_its_way_and_keeps_the_best(folder, tmp_path):
+    """Evaluation changes nothing of the training, and a run that goes on does not repeat its lines."""
+    def train(name, *flags):
+        train_student_mnist.main([
+            "--data", "digits", "--teacher", str(folder / "teacher-digits.safetensors"), "--results-dir", str(tmp_path), "--name", name,
+            "--steps", "6", "--global-batch-size", "32", "--num-steps", "1", "2", "--log-every", "2", "--save-every", "2",
+            "--sample-every", "6", "--comet", "off", "--device", "cpu", *flags])
+        return read_weights(tmp_path / name / "checkpoints" / "step_00000006" / "raw.safetensors")[0]
+
+    judged = train("judged", "--eval-every", "3", "--classifier", str(folder / "judge.safetensors"))
+    plain = train("plain")
+    assert all(torch.equal(judged[name], plain[name]) for name in plain)
+    lines = [json.loads(line) for line in (tmp_path / "judged" / "evaluations.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6]
+    assert list(lines[0]) == ["step", "fd_1step", "accuracy_1step", "fd_2step", "accuracy_2step"]
+    _, metadata = read_weights(tmp_path / "judged" / "best.safetensors")
+    best = min(lines, key=lambda line: line["fd_1step"])
+    assert metadata["step"] == best["step"] and metadata["best"]["fd_1step"] == best["fd_1step"]
+    assert not (tmp_path / "plain" / "best.safetensors").exists()
+
+
+def test_training_without_its_judge_stops_before_it_starts(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="train_classifier.py --data digits"):
+        train_teacher_mnist.main(["--data", "digits", "--results-dir", str(tmp_path), "--eval-every", "5", "--device", "cpu"])
+    assert not list(tmp_path.iterdir())

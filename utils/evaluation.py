@@ -1,0 +1,189 @@
+"""What evaluate.py and a training run measure: sets of samples beside the training split, and real held-out images as the floor."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from utils import metrics
+from utils.checkpoints import load_network
+from utils.data import Images, to_pixels, to_range
+from utils.distributed import Ranks
+from utils.losses import AverageVelocity, interval_splitting_loss
+from utils.metrics import Features
+from utils.seeding import generator
+
+Sample = Callable[[Tensor, Tensor], Tensor]             # from noise z (B, C, H, W) and labels y (B,) to images
+RELEASED = Path(__file__).parent.parent / "checkpoints"
+
+
+def fingerprint(*parts: Tensor | bytes) -> str:
+    """First 8 hexadecimal digits of a hash over tensors' bytes: names frozen weights, and sets of images."""
+    digest = hashlib.blake2b(digest_size=4)
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A feature space.
+
+    name: with a hash of its weights; part of every metric's name.
+    see: uint8 images (B, C, H, H) to features (B, D) and logits (B, classes).
+    knows_classes: whether its classes are the data set's.
+    """
+
+    name: str
+    see: Callable[[Tensor], tuple[Tensor, Tensor]]
+    knows_classes: bool
+    batch_size: int = 500
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> Features:
+        """Features of uint8 images (N, C, H, H), on the CPU."""
+        parts = [[part.float().cpu() for part in self.see(batch)] for batch in pixels.split(self.batch_size)]
+        return Features(*(torch.cat(column) for column in zip(*parts)))
+
+
+def classifier_judge(file: str | None, network_class: Callable[..., nn.Module], images: Images, ranks: Ranks) -> Judge:
+    """The frozen classifier of a data set.
+
+    Args:
+        file: what train_classifier.py wrote; None for the released one of these images.
+        network_class: `models.classifier.Classifier`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is of other images.
+    """
+    path = Path(file) if file else RELEASED / f"classifier-{Path(images.name).stem}.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"no classifier {path}; make one with python train_classifier.py --data {images.name} and name it with "
+                                "--classifier")
+    network, metadata = load_network(path, network_class, ranks.device)
+    if metadata["kind"] != "classifier":
+        raise ValueError(f"--classifier {path} is a {metadata['kind']}; see train_classifier.py")
+    trained = (metadata["architecture"]["num_channels"], metadata["image_size"], metadata["classes"])
+    if trained != (images.shape[0], images.shape[1], images.classes):
+        raise ValueError(f"{path} judges {trained[0]} channels, size {trained[1]}, classes {trained[2]}; the data have "
+                         f"{images.shape[0]}, {images.shape[1]}, {images.classes}")
+
+    def see(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        features = network.features(to_range(pixels.to(ranks.device)))
+        return features, network.out(features)
+
+    return Judge(f"{path.stem}-{fingerprint(*network.state_dict().values())}", see, knows_classes=True)
+
+
+def compare(judge: Judge, samples: Features, labels: Tensor | None, reference: Features) -> dict[str, float]:
+    """All metrics of one set of samples; reference: the training split, of which precision and recall see as many images."""
+    same_number = reference.features[: len(samples.features)]
+    precision, recall = metrics.precision_recall(samples.features, same_number)
+    result = {
+        "frechet_distance": metrics.frechet_distance(samples.features, reference.features),
+        "kernel_distance": metrics.kernel_distance(samples.features, reference.features),
+        "precision": precision, "recall": recall,
+    }
+    if judge.knows_classes and labels is not None:
+        result["class_accuracy"] = metrics.class_accuracy(samples.logits, labels)
+    if not judge.knows_classes:
+        result["inception_score"] = metrics.inception_score(samples.logits)
+    return result
+
+
+@torch.no_grad()
+def draw(sample: Sample, labels: Tensor, shape: tuple[int, ...], seed: int, ranks: Ranks, batch_size: int) -> Tensor:
+    """Samples of the given labels (N,) as they would be saved: uint8 (N, C, H, H), rounded and clipped."""
+    noise = generator(ranks.device, seed, "noise")
+    pixels = []
+    for y in labels.split(batch_size):
+        z = torch.randn(len(y), *shape, generator=noise, device=ranks.device)
+        with ranks.autocast():
+            pixels.append(to_pixels(sample(z, y.to(ranks.device))).cpu())
+    return torch.cat(pixels)
+
+
+def shuffled(images: Images) -> tuple[Tensor, Tensor]:
+    """Pixels and labels in a fixed random order, so that the first few are a fair sample."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return images.pixels[order], images.labels[order]
+
+
+def reference_features(judge: Judge, pixels: Tensor, folder: Path) -> Features:
+    """Features of the training split, kept in `folder` under the names of judge and images, so that they are made once."""
+    file = folder / f"{judge.name}-{fingerprint(pixels)}.pt"
+    if file.is_file():
+        return Features(**torch.load(file, weights_only=True))
+    features = judge(pixels)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.writing")
+    torch.save(features._asdict(), temporary)
+    temporary.replace(file)
+    return features
+
+
+@torch.no_grad()
+def teacher_distance(sample: Sample, ideal: Sample, labels: Tensor, shape: tuple[int, ...], seed: int, ranks: Ranks) -> float:
+    """Mean squared difference, in [-1, 1] units, of a student's samples from its teacher's own, for the same noise."""
+    z = torch.randn(len(labels), *shape, generator=generator(ranks.device, seed, "noise"), device=ranks.device)
+    y = labels.to(ranks.device)
+    with ranks.autocast():
+        return (sample(z, y).float() - ideal(z, y).float()).square().mean().item()
+
+
+@torch.no_grad()
+def residual_map(u: AverageVelocity, z_at: Callable[[Tensor], Tensor], y: Tensor, points: int = 8) -> Tensor:
+    """How much the student contradicts itself: the interval splitting loss at lam = 1/2 on a grid of intervals.
+
+    Args:
+        z_at: states (B, C, H, W) at times (B,).
+
+    Returns:
+        (points, points): row t = (i + 1) / points, column r = j / points; not a number where r >= t.
+    """
+    result = torch.full((points, points), float("nan"))
+    for i in range(points):
+        t = torch.full((len(y),), (i + 1) / points, device=y.device)
+        z_t = z_at(t)
+        for j in range(i + 1):
+            r = torch.full_like(t, j / points)
+            result[i, j] = interval_splitting_loss(u, z_t, r, t, torch.full_like(t, 0.5), y).mean().item()
+    return result
+
+
+class QuickEvaluation:
+    """What a training run looks at on its way: Frechet distance and class accuracy of few samples.
+
+    Args:
+        classifier, network_class: see `classifier_judge`, also for the errors.
+        images: the training split.
+        results_dir: its features are kept in here, in features/.
+        num_images: samples of each row; more than there are features.
+    """
+
+    def __init__(self, classifier: str | None, network_class: Callable[..., nn.Module], images: Images, ranks: Ranks,
+                 results_dir: str, num_images: int = 5_000):
+        self.judge, self.ranks, self.shape = classifier_judge(classifier, network_class, images, ranks), ranks, images.shape
+        self.labels = torch.arange(num_images) * max(1, len(images.classes)) // num_images
+        self.reference = reference_features(self.judge, shuffled(images)[0], Path(results_dir, "features")) if ranks.is_main else None
+
+    def __call__(self, samplers: dict[str, Sample]) -> dict[str, float]:
+        """From named samplers to "fd_<name>" and, if there are classes, "accuracy_<name>"; always from the same noise."""
+        result = {}
+        for name, sample in samplers.items():
+            seen = self.judge(draw(sample, self.labels, self.shape, 0, self.ranks, 500))
+            result[f"fd_{name}"] = metrics.frechet_distance(seen.features, self.reference.features)
+            if self.judge.knows_classes:
+                result[f"accuracy_{name}"] = metrics.class_accuracy(seen.logits, self.labels)
+        return result
+
+
+def summary(seeds: list[dict[str, float]]) -> dict[str, Any]:
+    """Mean and standard deviation (of the seeds, n - 1) of each metric."""
+    values = {key: torch.tensor([row[key] for row in seeds], dtype=torch.float64) for key in seeds[0]}
+    return {key: {"mean": value.mean().item(), "std": value.std().item() if len(value) > 1 else None} for key, value in values.items()}
