@@ -200,7 +200,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         with ranks.autocast():
             residual = residual_map(network, lambda t: interpolate(x, eps, t), real_labels[:200].to(ranks.device))
         report.save_residual(out / "residual.png", residual)
-    result = {"protocol": protocol, "config": to_dict(cfg), "floor": floor, "rows": rows}
+    result = {"protocol": protocol, "config": to_dict(cfg), "floor": report.full_names(floor, protocol),
+              "rows": [report.full_names(row, protocol) for row in rows]}
     (out / "metrics.json").write_text(json.dumps(result, indent=2) + "\n")
     (out / "table.md").write_text(report.table(rows, floor, protocol))
     report.save_plot(out / "plot.png", rows, floor)

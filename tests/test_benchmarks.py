@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from benchmarks import meanflow, textbook, throughput
+from benchmarks import meanflow, profile_step, textbook, throughput
 from benchmarks.report import markdown
 
 TINY = ["--model", "DiT-Nano/8", "--image-size", "16", "--batch-size", "16", "--device", "cpu"]
@@ -54,3 +54,17 @@ def test_table():
     row = throughput.Row("teacher", "DiT-S/2", 512, 2, [7000.0, 8000.0, 9000.0], 20.0, 31.0, 9.6, 800.0)
     line = markdown([row], 800.0).splitlines()[2]
     assert line == "| teacher | DiT-S/2 | 512 | 2 | 8,000 (7,000 to 9,000) | 128.0 | 20.0 | 800 | 50% | 31 | 10 |"
+
+
+def test_profile_of_a_training_script(tmp_path, capsys):
+    profile_step.main([*TINY, "--stage", "student", "--skip", "2", "--steps", "2", "--out", str(tmp_path)])
+    text = (tmp_path / "summary.md").read_text()
+    assert "| matrix products |" in text and "| attention |" in text and (tmp_path / "trace.json.gz").stat().st_size > 1000
+    shares = [float(line.split("|")[3].strip(" %")) for line in text.splitlines() if line.strip().endswith("% |")]
+    assert sum(shares) == pytest.approx(100, abs=0.5)
+
+
+def test_kinds_of_kernels():
+    assert profile_step.kind("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma") == "attention"
+    assert profile_step.kind("nvjet_sm90_tst_192x192_64x4_1x2_h_bz_coopB_TNN") == "matrix products"
+    assert profile_step.kind("triton_poi_fused_gelu_12") == "compiled pointwise and reductions" and profile_step.kind("aten::mm") == "matrix products"

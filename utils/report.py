@@ -14,6 +14,13 @@ COLUMNS = [
 ]
 
 
+def full_names(numbers: dict[str, Any], protocol: dict[str, Any]) -> dict[str, Any]:
+    """Metrics under names that say how they were measured, so that no two protocols are mixed up by accident."""
+    known = {key for key, *_ in COLUMNS}
+    suffix = f" [{protocol['features']}, n={protocol['num_images']}]"
+    return {key + suffix if key in known else key: value for key, value in numbers.items()}
+
+
 def cell(key: str, value: Any, factor: float, decimals: int, floor: dict[str, float]) -> str:
     """A number, or mean ± standard deviation over the seeds, and for distances its multiple of the floor."""
     mean, std = (value["mean"], value["std"]) if isinstance(value, dict) else (value, None)
