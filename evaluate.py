@@ -31,6 +31,7 @@ from utils.distributed import Ranks
 from utils.evaluation import (
     Judge,
     Sample,
+    TeacherDistance,
     classifier_judge,
     compare,
     draw,
@@ -39,7 +40,6 @@ from utils.evaluation import (
     residual_map,
     shuffled,
     summary,
-    teacher_distance,
 )
 from utils.flow import interpolate
 from utils.guidance import guided_velocity
@@ -166,12 +166,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = Path(cfg.out or f"results/evaluation-{Path(cfg.checkpoint).stem}")
     out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    ideal = None
+    from_teacher = None
     if student and (own := find_own_teacher(cfg.checkpoint, cfg.teacher)):
         teacher, _ = load_network(own, DiT, ranks.device)
         v = guided_velocity(teacher.velocity, teacher.null_class, metadata["config"]["guidance_scale"],
                             tuple(metadata["config"]["guidance_interval"]))
-        ideal = partial(sample_velocity, v, num_steps=32, method="heun")
+        some = y[torch.arange(50) * len(y) // 50]
+        from_teacher = TeacherDistance(partial(sample_velocity, v, num_steps=16, method="heun"), some, images.shape, ranks)
     for name, evaluations, sample in rows_of(network, student, cfg):
         seeds = []
         for seed in tqdm(range(cfg.seeds), name, disable=None):
@@ -183,8 +184,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             distances, indices = metrics.nearest(seen.features[few], reference.features, 4)
             ratio, copies = metrics.memorisation(distances[:, 0], held_nearest[:, 0])
             numbers |= {"neighbour_ratio": ratio, "near_copies": copies}
-            if ideal is not None:
-                numbers["teacher_distance"] = teacher_distance(sample, ideal, y[few[:200]], images.shape, seed, ranks)
+            if from_teacher is not None:
+                numbers["teacher_distance"] = from_teacher(sample, seed)
             seeds.append(numbers)
             if not rows and seed == 0:                      # the samples that are nearest to some training image, with those
                 suspects = distances[:, 0].topk(10, largest=False).indices
@@ -195,10 +196,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(report.line(rows[-1], floor), flush=True)
 
     if student:
-        x, eps = to_range(real[:200].to(ranks.device)), torch.randn(200, *images.shape, generator=generator(ranks.device, 0, "map"),
+        x, eps = to_range(real[:100].to(ranks.device)), torch.randn(100, *images.shape, generator=generator(ranks.device, 0, "map"),
                                                                     device=ranks.device)
         with ranks.autocast():
-            residual = residual_map(network, lambda t: interpolate(x, eps, t), real_labels[:200].to(ranks.device))
+            residual = residual_map(network, lambda t: interpolate(x, eps, t), real_labels[:100].to(ranks.device))
         report.save_residual(out / "residual.png", residual)
     result = {"protocol": protocol, "config": to_dict(cfg), "floor": report.full_names(floor, protocol),
               "rows": [report.full_names(row, protocol) for row in rows]}

@@ -127,13 +127,28 @@ def reference_features(judge: Judge, pixels: Tensor, folder: Path) -> Features:
     return features
 
 
-@torch.no_grad()
-def teacher_distance(sample: Sample, ideal: Sample, labels: Tensor, shape: tuple[int, ...], seed: int, ranks: Ranks) -> float:
-    """Mean squared difference, in [-1, 1] units, of a student's samples from its teacher's own, for the same noise."""
-    z = torch.randn(len(labels), *shape, generator=generator(ranks.device, seed, "noise"), device=ranks.device)
-    y = labels.to(ranks.device)
-    with ranks.autocast():
-        return (sample(z, y).float() - ideal(z, y).float()).square().mean().item()
+class TeacherDistance:
+    """How far a student's samples are from where its teacher's own flow takes the same noise.
+
+    Args:
+        ideal: the teacher's sampler, many fine steps of it.
+        labels: of the samples, (N,); some dozens will do.
+    """
+
+    def __init__(self, ideal: Sample, labels: Tensor, shape: tuple[int, ...], ranks: Ranks):
+        self.ideal, self.labels, self.shape, self.ranks = ideal, labels.to(ranks.device), shape, ranks
+        self.goals: dict[int, tuple[Tensor, Tensor]] = {}   # noise and the teacher's images, by seed
+
+    @torch.no_grad()
+    def __call__(self, sample: Sample, seed: int) -> float:
+        """Mean squared difference, images in [-1, 1]."""
+        with self.ranks.autocast():
+            if seed not in self.goals:
+                device = self.ranks.device
+                z = torch.randn(len(self.labels), *self.shape, generator=generator(device, seed, "teacher"), device=device)
+                self.goals[seed] = z, self.ideal(z, self.labels).float()
+            z, goal = self.goals[seed]
+            return (sample(z, self.labels).float() - goal).square().mean().item()
 
 
 @torch.no_grad()
