@@ -171,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         teacher, _ = load_network(own, DiT, ranks.device)
         v = guided_velocity(teacher.velocity, teacher.null_class, metadata["config"]["guidance_scale"],
                             tuple(metadata["config"]["guidance_interval"]))
-        some = y[torch.arange(50) * len(y) // 50]
+        some = y[torch.arange(32) * len(y) // 32]
         from_teacher = TeacherDistance(partial(sample_velocity, v, num_steps=16, method="heun"), some, images.shape, ranks)
     for name, evaluations, sample in rows_of(network, student, cfg):
         seeds = []
@@ -196,10 +196,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(report.line(rows[-1], floor), flush=True)
 
     if student:
-        x, eps = to_range(real[:100].to(ranks.device)), torch.randn(100, *images.shape, generator=generator(ranks.device, 0, "map"),
+        x, eps = to_range(real[:32].to(ranks.device)), torch.randn(32, *images.shape, generator=generator(ranks.device, 0, "map"),
                                                                     device=ranks.device)
         with ranks.autocast():
-            residual = residual_map(network, lambda t: interpolate(x, eps, t), real_labels[:100].to(ranks.device))
+            residual = residual_map(network, lambda t: interpolate(x, eps, t), real_labels[:32].to(ranks.device))
         report.save_residual(out / "residual.png", residual)
     result = {"protocol": protocol, "config": to_dict(cfg), "floor": report.full_names(floor, protocol),
               "rows": [report.full_names(row, protocol) for row in rows]}
