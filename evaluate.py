@@ -35,6 +35,7 @@ from utils.evaluation import (
     classifier_judge,
     compare,
     draw,
+    even_labels,
     fingerprint,
     reference_features,
     residual_map,
@@ -160,8 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"note: the floor has fewer images than the rows ({num_floor} < {cfg.num_images}), which alone makes its distances larger")
 
     # Each row: samples of every seed.
-    num_classes = max(1, len(images.classes))
-    y = torch.arange(cfg.num_images) * num_classes // cfg.num_images            # classes in equal shares
+    y = even_labels(cfg.num_images, images)
     held_nearest, _ = metrics.nearest(floor_features.features[:2000], reference.features)
     out = Path(cfg.out or f"results/evaluation-{Path(cfg.checkpoint).stem}")
     out.mkdir(parents=True, exist_ok=True)
@@ -171,8 +171,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         teacher, _ = load_network(own, DiT, ranks.device)
         v = guided_velocity(teacher.velocity, teacher.null_class, metadata["config"]["guidance_scale"],
                             tuple(metadata["config"]["guidance_interval"]))
-        some = y[torch.arange(32) * len(y) // 32]
-        from_teacher = TeacherDistance(partial(sample_velocity, v, num_steps=16, method="heun"), some, images.shape, ranks)
+        ideal = partial(sample_velocity, v, num_steps=16, method="heun")
+        from_teacher = TeacherDistance(ideal, even_labels(32, images), images.shape, ranks)
     for name, evaluations, sample in rows_of(network, student, cfg):
         seeds = []
         for seed in tqdm(range(cfg.seeds), name, disable=None):
@@ -196,17 +196,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(report.line(rows[-1], floor), flush=True)
 
     if student:
-        x, eps = to_range(real[:32].to(ranks.device)), torch.randn(32, *images.shape, generator=generator(ranks.device, 0, "map"),
-                                                                    device=ranks.device)
+        x = to_range(real[:32].to(ranks.device))
+        eps = torch.randn(x.shape, generator=generator(ranks.device, 0, "map"), device=ranks.device)
         with ranks.autocast():
             residual = residual_map(network, lambda t: interpolate(x, eps, t), real_labels[:32].to(ranks.device))
         report.save_residual(out / "residual.png", residual)
     result = {"protocol": protocol, "config": to_dict(cfg), "floor": report.full_names(floor, protocol),
               "rows": [report.full_names(row, protocol) for row in rows]}
     (out / "metrics.json").write_text(json.dumps(result, indent=2) + "\n")
-    (out / "table.md").write_text(report.table(rows, floor, protocol))
+    table = report.table(rows, floor, protocol)
+    (out / "table.md").write_text(table)
     report.save_plot(out / "plot.png", rows, floor)
-    print(f"\n{report.table(rows, floor, protocol)}\n{out}")
+    print(f"\n{table}\n{out}")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from utils import distributed
 from utils.checkpoints import load_network
 from utils.config import parse_config
 from utils.data import Batches, Images, load_images, load_torchvision, to_pixels, to_range
+from utils.evaluation import even_labels
 from utils.guidance import guided_velocity
 from utils.sampling import sample_average_velocity, sample_velocity
 from utils.seeding import generator
@@ -118,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     accuracy, features = judge(classifier, test_pixels, test_labels, ranks)
     print(f"real test images: accuracy {accuracy:.4f}, Frechet distance {frechet_distance(features, reference):.4f}", flush=True)
 
-    y = torch.arange(cfg.num_images) * len(images.classes) // cfg.num_images
+    y = even_labels(cfg.num_images, images)
     for checkpoint in cfg.checkpoints:
         network, metadata = load_network(checkpoint, DiT, ranks.device)
         if metadata["kind"] == "student":

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import clip_grad_norm_
 
-from benchmarks.metrics import Metrics
+from benchmarks.metrics import Metrics, RivalConfig
 from models import DiT
 from utils import distributed
 from utils.config import parse_config
@@ -29,18 +29,9 @@ from utils.times import draw_times
 
 
 @dataclass(frozen=True)
-class Config:
-    data: str                                   # a class-folder tree
-    image_size: int = 32                        # side in pixels
-    model: str = "DiT-S/2"                      # preset
-    batch_size: int = 512                       # images an update
+class Config(RivalConfig):
     share: float = 0.25                         # of the batch: r < t
-    steps: int = 120                            # updates
-    log_every: int = 20                         # updates between lines of metrics
     compile: bool = True                        # torch.compile the loss
-    device: str = "auto"                        # auto, cuda, cpu
-    results_dir: str = "results"                # where <name>/metrics.jsonl goes
-    name: str = "meanflow"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,10 +1,26 @@
-"""metrics.jsonl of the loops that are measured against."""
+"""What the loops that are measured against share: flags, and metrics.jsonl."""
 
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+
+@dataclass(frozen=True)
+class RivalConfig:
+    """Flags of every rival; `benchmarks.throughput` gives all of them."""
+
+    data: str                                   # a class-folder tree
+    image_size: int = 32                        # side in pixels
+    model: str = "DiT-S/2"                      # preset
+    batch_size: int = 512                       # images an update
+    steps: int = 120                            # updates
+    log_every: int = 20                         # updates between lines of metrics
+    device: str = "auto"                        # auto, cuda, cpu
+    results_dir: str = "results"                # where <name>/metrics.jsonl goes
+    name: str = "rival"
 
 
 class Metrics:

@@ -4,6 +4,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from utils.pictures import pyplot
+
 
 def markdown(rows: list[Any], ceiling: float | None) -> str:
     """One line a row; `ceiling` is the TFLOP/s of a bf16 matrix product, or None."""
@@ -31,11 +33,7 @@ def varying(rows: list[Any]) -> str:
 
 def plot(rows: list[Any], path: Path, device: str) -> None:
     """Bars, or curves against what varies: images/s, with the least and the greatest window."""
-    import matplotlib  # slow to import
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     names = list(dict.fromkeys(row.name for row in rows))
     field = varying(rows)

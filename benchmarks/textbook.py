@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from benchmarks.metrics import Metrics
+from benchmarks.metrics import Metrics, RivalConfig
 from models import DiT
 from utils import distributed
 from utils.config import parse_config
@@ -24,18 +24,9 @@ from utils.flow import conditional_velocity, interpolate
 
 
 @dataclass(frozen=True)
-class Config:
-    data: str                                   # a class-folder tree
-    image_size: int = 32                        # side in pixels
-    model: str = "DiT-S/2"                      # preset
-    batch_size: int = 512                       # images an update
+class Config(RivalConfig):
     precision: Literal["fp32", "bf16"] = "fp32"     # fp32 with TF32 matrix products, or bf16 autocast
     num_workers: int = 8                        # worker processes
-    steps: int = 120                            # updates
-    log_every: int = 20                         # updates between lines of metrics
-    device: str = "auto"                        # auto, cuda, cpu
-    results_dir: str = "results"                # where <name>/metrics.jsonl goes
-    name: str = "textbook"
 
 
 def endless(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:

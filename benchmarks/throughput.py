@@ -100,6 +100,11 @@ def forward_flops(model: str, image_size: int) -> float:
     return float(counter.get_total_flops())
 
 
+def first_teacher(model: str) -> str:
+    """Run folder of the teacher that the students of a size start from."""
+    return f"first-teacher-{model.replace('/', '-')}"
+
+
 def command(name: str, model: str, batch: int, gpus: int, steps: int, cfg: Config, folder: Path, run: str) -> list[str]:
     """The command line of one row, which leaves its metrics in folder/results/<run>/metrics.jsonl."""
     common = ["--data", str(folder / "images"), "--image-size", str(cfg.image_size), "--results-dir", str(folder / "results"),
@@ -111,7 +116,7 @@ def command(name: str, model: str, batch: int, gpus: int, steps: int, cfg: Confi
         row = [*launcher, "train_teacher.py", "--model", model, *script, "--sample-steps", "1", "--guidance-scale", "1"]
     elif name.startswith("student"):
         split = "self" if name == "student-self" else "anchored"
-        row = [*launcher, "train_student.py", *script, "--teacher", str(folder / "results" / f"first-teacher-{model.replace('/', '-')}"),
+        row = [*launcher, "train_student.py", *script, "--teacher", str(folder / "results" / first_teacher(model)),
                "--split", split, "--num-steps", "1"]
     else:
         kind, _, precision = name.partition("-")
@@ -180,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ceiling = matmul_ceiling() if on_gpu else None
         for model in cfg.model:
             if any(name.startswith("student") for name in cfg.rows):            # a student needs some teacher of its size
-                first = f"first-teacher-{model.replace('/', '-')}"
+                first = first_teacher(model)
                 line = command("teacher", model, min(cfg.batch_size), 1, 1, cfg, folder, first)
                 launch([*line, "--compile", "False"], folder / "results" / first / "metrics.jsonl", folder / "caches")
             for gpus in cfg.num_gpus:
@@ -195,9 +200,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = torch.cuda.get_device_name() if on_gpu else "cpu"
     facts = {"device": device, "torch": torch.__version__, "matmul_tflops": ceiling, "steps": cfg.steps, "image_size": cfg.image_size}
     (out / "rows.json").write_text(json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
-    (out / "table.md").write_text(markdown(rows, ceiling))
+    table = markdown(rows, ceiling)
+    (out / "table.md").write_text(table)
     plot(rows, out / "plot.png", device)
-    print(markdown(rows, ceiling))
+    print(table)
 
 
 if __name__ == "__main__":

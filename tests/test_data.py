@@ -10,8 +10,7 @@ import torch
 import torchvision
 from PIL import Image, features
 
-from utils.data import Batches, Images, check_guidance, load_images, to_pixels, to_range
-from utils.distributed import Ranks
+from utils.data import Images, check_guidance, load_images, to_pixels, to_range
 from utils.folders import load_folder
 
 RED, GREEN, BLUE, GRAY = (220, 20, 40), (20, 200, 60), (30, 60, 210), (128, 128, 128)
@@ -325,78 +324,3 @@ def test_guidance_needs_two_classes(classes):
 
 
 # Batches. Every image is flat but for its left column, so that its pixels tell which image it is and whether it was mirrored.
-
-def numbered(num: int, flip: bool = False) -> Images:
-    pixels = torch.arange(num, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, 1, 4, 4)
-    pixels[..., 0] = 255
-    return Images("numbered", pixels, torch.arange(num) % 7, [str(i) for i in range(7)], flip)
-
-
-def batches(images: Images, size: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> Batches:
-    return Batches(images, size, seed, Ranks(rank, world_size, torch.device("cpu")))
-
-
-def numbers(x) -> list[int]:
-    return to_pixels(x)[:, 0, 0, 1:3].amin(-1).tolist()
-
-
-def mirrored(x):
-    return x[:, 0, 0, -1] == 1
-
-
-@pytest.mark.parametrize("size", [4, 5, 12, 30])
-def test_every_epoch_is_a_permutation(size):
-    """Also where a batch straddles epochs, and where it is larger than the data set; labels stay with their images."""
-    stream, labels = [], []
-    draw = batches(numbered(12), size)
-    for step in range(1, 61):
-        x, y = draw(step)
-        assert len(x) == size
-        stream, labels = stream + numbers(x), labels + y.tolist()
-    epochs = [stream[i : i + 12] for i in range(0, len(stream) - 11, 12)]
-    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
-    assert labels == [number % 7 for number in stream]
-
-
-def test_batch_depends_on_seed_and_step_alone():
-    """In any order of asking, and in a fresh object, as after resuming."""
-    images = numbered(20, flip=True)
-    forward = batches(images, 8)
-    expected = {step: forward(step) for step in range(1, 12)}
-    backward = batches(images, 8)
-    for step in reversed(range(1, 12)):
-        assert all(torch.equal(a, b) for a, b in zip(backward(step), expected[step]))
-    assert all(torch.equal(a, b) for a, b in zip(batches(images, 8)(7), expected[7]))
-    assert numbers(batches(images, 8, seed=1)(7)[0]) != numbers(expected[7][0])
-
-
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_share_the_batch_of_one_process(world_size):
-    images = numbered(50, flip=True)
-    for step in (1, 4, 9):
-        x, y = batches(images, 16)(step)
-        for rank in range(world_size):
-            x_rank, y_rank = batches(images, 16, rank=rank, world_size=world_size)(step)
-            assert torch.equal(x_rank, x[rank::world_size]) and torch.equal(y_rank, y[rank::world_size])
-
-
-def test_half_of_the_images_are_mirrored():
-    draw = batches(numbered(200, flip=True), 1000)
-    flags = torch.stack([mirrored(draw(step)[0]) for step in (1, 2, 3, 4)]).float()
-    assert flags.mean().item() == pytest.approx(0.5, abs=0.03)
-    assert flags.corrcoef().fill_diagonal_(0).abs().max() < 0.1             # fresh coins each step
-
-
-def test_without_flip_nothing_is_mirrored():
-    assert not mirrored(batches(numbered(200), 1000)(1)[0]).any()
-
-
-def test_batches_lie_in_the_models_range():
-    x, y = batches(load_images("digits"), 256)(1)
-    assert (x.dtype, x.min(), x.max(), y.dtype) == (torch.float32, -1, 1, torch.int64)
-
-
-def test_batch_must_divide_among_processes():
-    with pytest.raises(ValueError, match="--global-batch-size 9 is not divisible by 2"):
-        batches(numbered(20), 9, world_size=2)

@@ -29,6 +29,11 @@ def fingerprint(*parts: Tensor | bytes) -> str:
     return digest.hexdigest()
 
 
+def even_labels(num_images: int, images: Images) -> Tensor:
+    """Labels (num_images,) of the classes in equal shares; all 0 without classes."""
+    return torch.arange(num_images) * max(1, len(images.classes)) // num_images
+
+
 @dataclass(frozen=True)
 class Judge:
     """A feature space.
@@ -184,7 +189,7 @@ class QuickEvaluation:
     def __init__(self, classifier: str | None, network_class: Callable[..., nn.Module], images: Images, ranks: Ranks,
                  results_dir: str, num_images: int = 5_000):
         self.judge, self.ranks, self.shape = classifier_judge(classifier, network_class, images, ranks), ranks, images.shape
-        self.labels = torch.arange(num_images) * max(1, len(images.classes)) // num_images
+        self.labels = even_labels(num_images, images)
         self.reference = reference_features(self.judge, shuffled(images)[0], Path(results_dir, "features")) if ranks.is_main else None
 
     def __call__(self, samplers: dict[str, Sample]) -> dict[str, float]:

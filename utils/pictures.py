@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import ModuleType
 
 import imageio.v3 as imageio
 import torch
@@ -39,6 +40,16 @@ def save_gif(path: Path, trajectory: Tensor, columns: int = 10, seconds: float =
     imageio.imwrite(path, frames, duration=durations, loop=0)
 
 
+def pyplot() -> ModuleType:
+    """matplotlib.pyplot without a display. Slow to import: only when there is something to draw."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
 def read_lines(file: Path) -> list[dict]:
     """Rows of a .jsonl file; none if it is not there."""
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
@@ -47,11 +58,6 @@ def read_lines(file: Path) -> list[dict]:
 def save_curves(path: Path, folder: Path) -> None:
     """Plot a run folder's metrics.jsonl: losses, gradient norm (both logarithmic), learning rate, images/s against the step;
     and evaluations.jsonl, if there were any: Frechet distances and accuracies."""
-    import matplotlib  # slow to import: only when there is something to draw
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     rows, evaluations = read_lines(folder / "metrics.jsonl"), read_lines(folder / "evaluations.jsonl")
     if not rows:
         return
@@ -60,6 +66,7 @@ def save_curves(path: Path, folder: Path) -> None:
     panels = [(rows, losses), *((rows, [key]) for key in others)]
     for prefix in ("fd", "accuracy"):
         panels += [(evaluations, keys)] if evaluations and (keys := [key for key in evaluations[0] if key.startswith(prefix)]) else []
+    plt = pyplot()
     figure, axes = plt.subplots(-(-len(panels) // 2), 2, figsize=(10, 3.25 * -(-len(panels) // 2)), layout="constrained")
     for axis, (lines, keys) in zip(axes.flat, panels):
         for key in keys:

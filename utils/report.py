@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
+from utils.pictures import pyplot
+
 # Key, heading, factor, decimals. "/ floor" is written beside the first two, where smaller is better and 1 is the best.
 COLUMNS = [
     ("frechet_distance", "FD", 1, 3), ("kernel_distance", "KD x 1000", 1000, 3), ("precision", "precision", 1, 3),
@@ -49,11 +51,7 @@ def table(rows: list[dict[str, Any]], floor: dict[str, float], protocol: dict[st
 
 def save_plot(path: Path, rows: list[dict[str, Any]], floor: dict[str, float]) -> None:
     """Frechet distance against network evaluations, with the floor."""
-    import matplotlib  # slow to import
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     means = [row["frechet_distance"]["mean"] for row in rows]
     spreads = [row["frechet_distance"]["std"] or 0 for row in rows]
@@ -69,12 +67,9 @@ def save_plot(path: Path, rows: list[dict[str, Any]], floor: dict[str, float]) -
 
 def save_residual(path: Path, residual: Tensor) -> None:
     """A heat map of `utils.evaluation.residual_map`, logarithmic."""
-    import matplotlib
+    from matplotlib.colors import LogNorm  # slow to import
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.colors import LogNorm
-
+    plt = pyplot()
     figure, axis = plt.subplots(figsize=(5, 4), layout="constrained")
     n = len(residual)
     positive = residual.clamp(min=1e-12).numpy()

@@ -1,0 +1,31 @@
+"""Tiny runs of the scripts, and how two of them are compared."""
+
+from pathlib import Path
+
+import torch
+
+from utils.checkpoints import read_checkpoint, step_folders
+
+ROOT = Path(__file__).parent.parent
+STEPS = 6
+COMMON = ["--data", "digits", "--steps", str(STEPS), "--global-batch-size", "16", "--log-every", "2", "--sample-every", "6",
+          "--save-every", "2", "--comet", "off", "--device", "cpu", "--warmup-steps", "2"]
+TEACHER = [*COMMON, "--model", "DiT-Nano/4", "--sample-steps", "2"]
+
+
+def everything(folder: Path, names=("ema", "raw")) -> dict[str, torch.Tensor]:
+    """All tensors of a run's last checkpoint: weights and optimizer states."""
+    weights, training = read_checkpoint(step_folders(folder / "checkpoints")[-1], names)
+    assert training["step"] == STEPS
+    tensors = {f"{name}.{key}": tensor for name in names for key, tensor in weights[name].items()}
+    for i, part in enumerate(training["optimizer"]):
+        for index, state in part["state"].items():
+            tensors.update({f"optimizer{i}.{index}.{key}": value for key, value in state.items()})
+    return tensors
+
+
+def assert_same(folder: Path, other: Path, names=("ema", "raw")) -> None:
+    a, b = everything(folder, names), everything(other, names)
+    assert a.keys() == b.keys()
+    different = [key for key in a if not torch.equal(a[key], b[key])]
+    assert not different, f"{len(different)} tensors differ, such as {different[:3]}"

@@ -1,0 +1,162 @@
+"""Runs that are stopped, torn, killed, poisoned, or spread over processes: each goes on as if nothing had happened."""
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from runs import COMMON, ROOT, TEACHER, assert_same, everything
+
+import train_student_mnist
+import train_teacher_mnist
+from utils.checkpoints import read_checkpoint, step_folders
+from utils.meter import NonFiniteError
+from utils.run_log import Run
+
+
+@pytest.fixture(params=["teacher", "student", "student with EMA target"])
+def stage(request, results, tmp_path):
+    """(main, its arguments in a fresh results folder, that run's folder, names of its networks)."""
+    if request.param == "teacher":
+        arguments, main, names = TEACHER, train_teacher_mnist.main, ("ema", "raw")
+    else:
+        arguments, main, names = [*COMMON, "--teacher", str(results / "teacher-digits")], train_student_mnist.main, ("ema", "raw")
+        if "EMA" in request.param:
+            arguments, names = [*arguments, "--target", "ema", "--split", "self"], (*names, "target")
+    return main, [*arguments, "--results-dir", str(tmp_path)], tmp_path / f"{request.param.split()[0]}-digits", names
+
+
+def test_resume_is_bit_exact(stage, monkeypatch, tmp_path_factory):
+    main, arguments, folder, names = stage
+    monkeypatch.setattr(Run, "asked_to_stop", lambda self, step, stop: step == 3)
+    main(arguments)
+    assert step_folders(folder / "checkpoints")[-1].name == "step_00000003"
+    monkeypatch.undo()
+    main(arguments)
+    other = tmp_path_factory.mktemp("uninterrupted")
+    main([*arguments[:-1], str(other)])
+    assert_same(folder, other / folder.name, names)
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [2, 3, 4, 6]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_leaves(results, tmp_path, monkeypatch, number):
+    arguments = [*TEACHER, "--results-dir", str(tmp_path)]
+    count = itertools.count(1)
+    monkeypatch.setattr(Run, "advance", lambda self: os.kill(os.getpid(), number) if next(count) == 3 else None)
+    with pytest.raises(SystemExit) as stop:
+        train_teacher_mnist.main(arguments)
+    assert stop.value.code == 128 + number
+    assert step_folders(tmp_path / "teacher-digits/checkpoints")[-1].name == "step_00000003"
+    monkeypatch.undo()
+    train_teacher_mnist.main(arguments)
+    assert_same(results / "teacher-digits", tmp_path / "teacher-digits")
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_non_finite_loss_stops_before_the_update(results, tmp_path, monkeypatch, poison):
+    arguments = [*TEACHER, "--results-dir", str(tmp_path)]
+    count, honest = itertools.count(1), train_teacher_mnist.flow_matching_loss
+    monkeypatch.setattr(train_teacher_mnist, "flow_matching_loss", lambda *a: honest(*a) * (poison if next(count) == 3 else 1))
+    with pytest.raises(NonFiniteError, match=r"step 3 .*loss=(nan|inf).*grad_norm="):
+        train_teacher_mnist.main(arguments)
+    assert [path.name for path in step_folders(tmp_path / "teacher-digits/checkpoints")] == ["step_00000002"]
+    monkeypatch.undo()
+    train_teacher_mnist.main(arguments)
+    assert_same(results / "teacher-digits", tmp_path / "teacher-digits")
+
+
+@pytest.mark.parametrize("file", ["ema.safetensors", "raw.safetensors", "training.pt"])
+def test_torn_checkpoint_is_named_and_the_previous_one_used(results, tmp_path, monkeypatch, capsys, file):
+    arguments = [*TEACHER, "--results-dir", str(tmp_path)]
+    monkeypatch.setattr(Run, "asked_to_stop", lambda self, step, stop: step == 4)
+    train_teacher_mnist.main(arguments)
+    monkeypatch.undo()
+    torn = tmp_path / "teacher-digits/checkpoints/step_00000004" / file
+    torn.write_bytes(torn.read_bytes()[: torn.stat().st_size // 2])
+    train_teacher_mnist.main(arguments)
+    output = capsys.readouterr().out
+    assert str(torn) in output and "step_00000002" in output
+    assert (torn.parent.parent / "step_00000004.bad" / file).exists()
+    assert_same(results / "teacher-digits", tmp_path / "teacher-digits")
+
+
+def test_kill_during_a_checkpoint_write(results, tmp_path):
+    """The process dies by SIGKILL inside its third checkpoint; the same command goes on from the second."""
+    arguments = [*TEACHER, "--results-dir", str(tmp_path)]
+    program = (
+        "import itertools, os, signal, sys, torch\n"
+        "import train_teacher_mnist\n"
+        "torch.set_num_threads(2)\n"
+        "count, save = itertools.count(1), torch.save\n"
+        "torch.save = lambda *a: os.kill(os.getpid(), signal.SIGKILL) if next(count) == 3 else save(*a)\n"
+        "train_teacher_mnist.main(sys.argv[1:])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True)
+    checkpoints = tmp_path / "teacher-digits/checkpoints"
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert sorted(path.name for path in checkpoints.iterdir()) == [".step_00000006.writing", "step_00000002", "step_00000004"]
+    train_teacher_mnist.main(arguments)
+    assert_same(results / "teacher-digits", tmp_path / "teacher-digits")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A tmpfs that holds one checkpoint but not three."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(disk)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"mounting a tmpfs needs root: {done.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)      # lazy: safetensors maps files until collected
+
+
+def test_full_disk(results, small_disk):
+    arguments = [*TEACHER, "--results-dir", str(small_disk)]
+    ballast = small_disk / "ballast"
+    size = 40 * 2**20 - 2 * sum(file.stat().st_size for file in step_folders(results / "teacher-digits/checkpoints")[0].iterdir())
+    ballast.write_bytes(bytes(size))
+    with pytest.raises(OSError, match=r"could not write .*step_0000000\d"):
+        train_teacher_mnist.main(arguments)
+    good = step_folders(small_disk / "teacher-digits/checkpoints")
+    assert good and not list((small_disk / "teacher-digits/checkpoints").glob(".step*"))
+    read_checkpoint(good[-1], ("ema", "raw"))
+    ballast.unlink()
+    train_teacher_mnist.main(arguments)
+    assert_same(results / "teacher-digits", small_disk / "teacher-digits")
+
+
+@pytest.mark.parametrize("which", ["teacher", "student"])
+def test_two_processes_equal_one(results, tmp_path, which):
+    """The student from its first step; the teacher goes on where one process left it."""
+    script, arguments = ("train_teacher_mnist.py", TEACHER) if which == "teacher" else \
+        ("train_student_mnist.py", [*COMMON, "--teacher", str(results / "teacher-digits")])
+    if which == "teacher":
+        shutil.copytree(results / "teacher-digits", tmp_path / "teacher-digits")
+        shutil.rmtree(step_folders(tmp_path / "teacher-digits/checkpoints")[-1])
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, *arguments,
+                           "--results-dir", str(tmp_path)],
+                          cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("finished") == 1                   # only rank 0 speaks
+    assert ("going on after step 4" in done.stdout) == (which == "teacher")
+    a, b = everything(results / f"{which}-digits"), everything(tmp_path / f"{which}-digits")
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+    one, two = ([json.loads(line)["loss"] for line in (folder / f"{which}-digits/metrics.jsonl").read_text().splitlines()]
+                for folder in (results, tmp_path))
+    assert one == pytest.approx(two, rel=1e-4)
+
+
+def test_max_minutes_stops_and_goes_on(results, tmp_path):
+    arguments = [*TEACHER, "--results-dir", str(tmp_path)]
+    train_teacher_mnist.main([*arguments, "--max-minutes", "0.00001"])
+    assert step_folders(tmp_path / "teacher-digits/checkpoints")[-1].name == "step_00000001"
+    train_teacher_mnist.main(arguments)
+    assert_same(results / "teacher-digits", tmp_path / "teacher-digits")
