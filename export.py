@@ -1,0 +1,130 @@
+"""A student as one file for other programs: ONNX, or an exported PyTorch program. Checked against the network before it is kept.
+
+    python export.py checkpoints/student-mnist.safetensors mnist.onnx                       noise and label in, image out, in one step
+    python export.py checkpoints/student-mnist.safetensors mnist.onnx --num-steps 4 --half True         four steps, weights in float16
+    python export.py checkpoints/student-mnist.safetensors step.onnx --form step            z, r, t and label in, z_r out
+    python export.py checkpoints/student-mnist.safetensors mnist.pt2                        torch.export.load("mnist.pt2").module()
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+from models import DiT
+from utils.checkpoints import load_network
+from utils.config import parse_config, require
+from utils.flow import step
+from utils.onnx_graph import check_packages, repeat_step, run_file, store_half, to_onnx
+from utils.sampling import sample_average_velocity, time_grid
+
+TOLERANCE = 1e-4            # largest difference of any value, images being about 2 wide
+
+
+@dataclass(frozen=True)
+class Config:
+    checkpoint: Annotated[str, tyro.conf.Positional]        # a student: safetensors file, checkpoint folder, or run folder
+    target: Annotated[str, tyro.conf.Positional]            # the file to write, ending in .onnx or .pt2
+    form: Literal["sampler", "step"] = "sampler"            # sampler: noise to image; step: one step from t to r, for loops of one's own
+    num_steps: int = 1                                      # network evaluations of a sampler
+    half: bool = False                                      # .onnx: weights in float16, half the file; arithmetic stays float32
+    replace: bool = False                                   # overwrite a file that is there
+
+    def __post_init__(self) -> None:
+        require(self, "num_steps", self.num_steps >= 1, "at least 1")
+        require(self, "target", Path(self.target).suffix in (".onnx", ".pt2"), "a name that ends in .onnx or .pt2")
+        require(self, "half", not self.half or self.target.endswith(".onnx"), "False for .pt2")
+
+
+class Step(nn.Module):
+    """z_r = z - (t - r) u(z, r, t, label). z: (B, C, H, W); r, t: scalars (); label: (B,) long. Returns (B, C, H, W)."""
+
+    def __init__(self, u: nn.Module):
+        super().__init__()
+        self.u = u
+
+    def forward(self, z: Tensor, r: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        r, t = r.expand(z.shape[0]), t.expand(z.shape[0])
+        return step(z, r, t, self.u(z, r, t, label))
+
+
+class Sampler(nn.Module):
+    """noise: (B, C, H, W), standard Gaussian; label: (B,) long. Returns images (B, C, H, W), near [-1, 1] and not clipped."""
+
+    def __init__(self, u: nn.Module, num_steps: int):
+        super().__init__()
+        self.u, self.num_steps = u, num_steps
+
+    def forward(self, noise: Tensor, label: Tensor) -> Tensor:
+        return sample_average_velocity(self.u, noise, label, self.num_steps)
+
+
+@torch.no_grad()
+def main(argv: Sequence[str] | None = None) -> None:
+    cfg = parse_config(Config, argv, __doc__)
+    target = Path(cfg.target)
+    onnx = target.suffix == ".onnx"
+    if target.exists() and not cfg.replace:
+        raise ValueError(f"{target} exists; use --replace True to overwrite it")
+    if onnx:
+        check_packages()
+    network, metadata = load_network(cfg.checkpoint, DiT)
+    if metadata["kind"] != "student":
+        raise ValueError(f"{cfg.checkpoint} is a {metadata['kind']}; a student is what samples in few steps")
+    if cfg.half:
+        for weight in network.parameters():                 # rounded before the check below, not after it
+            weight.copy_(weight.half())
+    shape = tuple(metadata["architecture"][name] for name in ("num_channels", "image_size", "image_size"))
+    is_step = cfg.form == "step"
+    whole = Step(network) if is_step else Sampler(network, cfg.num_steps)
+
+    def example(batch_size: int) -> dict[str, Tensor]:
+        draw = torch.Generator().manual_seed(batch_size)
+        z = torch.randn(batch_size, *shape, generator=draw)
+        label = torch.randint(network.null_class + 1, (batch_size,), generator=draw)
+        return dict(z=z, r=torch.tensor(0.25), t=torch.tensor(0.75), label=label) if is_step else dict(noise=z, label=label)
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.stem}.writing{target.suffix}")
+    information = dict(form=cfg.form, num_steps=None if is_step else cfg.num_steps, classes=metadata["classes"], shape=shape,
+                       guidance_scale=metadata["config"].get("guidance_scale"), step=metadata["step"])
+    try:
+        if onnx:
+            # A sampler's graph is one step repeated by a loop: unrolled, four steps take minutes to translate.
+            z, *_, label = example(2).values()
+            model = to_onnx(Step(network), dict(z=z, r=torch.tensor(0.25), t=torch.tensor(0.75), label=label), output="z_r")
+            if not is_step:
+                model = repeat_step(model, time_grid(cfg.num_steps))
+            if cfg.half:
+                store_half(model)
+            for key, value in information.items():
+                model.metadata_props.add(key=key, value=json.dumps(value))
+            temporary.write_bytes(model.SerializeToString())
+            run = run_file(temporary)
+        else:
+            batch = torch.export.Dim("batch", min=1, max=65536)
+            inputs = tuple(example(2).values())
+            program = torch.export.export(whole, inputs, dynamic_shapes=[{0: batch} if value.dim() else None for value in inputs])
+            torch.export.save(program, temporary, extra_files={"information.json": json.dumps(information)})
+            loaded = torch.export.load(temporary).module()
+
+            def run(inputs: dict[str, Tensor]) -> Tensor:
+                return loaded(*inputs.values())
+
+        worst = max((run(inputs) - whole(**inputs)).abs().max().item() for inputs in (example(1), example(3)))
+        if not worst <= TOLERANCE:
+            raise RuntimeError(f"{target} differs from the network by {worst:.1e}, more than {TOLERANCE:.0e}: not kept")
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(f"{target}: {cfg.form}, {target.stat().st_size / 1e6:.1f} MB; largest difference from PyTorch {worst:.1e}")
+
+
+if __name__ == "__main__":
+    main()
