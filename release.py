@@ -1,8 +1,12 @@
-"""Make the file that is released from a run: its EMA weights in bfloat16, with the run's metadata.
+"""Make what is released from a run: its EMA weights in bfloat16, as one file or as a folder for the Hugging Face Hub.
 
     python release.py results/student-mnist checkpoints/student-mnist.safetensors
+    python release.py results/student-mnist hub/splitmeanflow-mnist --evaluation results/evaluation-student-mnist
+    python release.py results/student-mnist hub/splitmeanflow-mnist --replace True --push someone/splitmeanflow-mnist
 """
 
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +15,25 @@ from typing import Annotated
 import torch
 import tyro
 
+from models import DiT
 from utils.checkpoints import read_weights, resolve_weights, write_weights
-from utils.config import FREE_FIELDS, parse_config
+from utils.config import FREE_FIELDS, parse_config, require
+from utils.model_card import model_card
 
 
 @dataclass(frozen=True)
 class Config:
     source: Annotated[str, tyro.conf.Positional]            # run folder (its newest checkpoint), checkpoint folder, or file
-    target: Annotated[str, tyro.conf.Positional]            # the file to write
-    replace: bool = False                                   # overwrite a file that is there
+    target: Annotated[str, tyro.conf.Positional]            # the file (.safetensors), or the folder, to write
+    evaluation: str | None = None                           # folder only: what evaluate.py wrote, for the model card
+    push: str | None = None                                 # folder only: upload it to this Hub id, such as someone/splitmeanflow-mnist
+    replace: bool = False                                   # overwrite what is there
+
+    def __post_init__(self) -> None:
+        is_file = self.target.endswith(".safetensors")
+        for field in ("evaluation", "push"):
+            require(self, field, getattr(self, field) is None or not is_file, "left out with a .safetensors target: a file has no card")
+        require(self, "push", self.push is None or len(self.push.split("/")) == 2, "of the form user/name")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,11 +41,41 @@ def main(argv: Sequence[str] | None = None) -> None:
     target = Path(cfg.target)
     if target.exists() and not cfg.replace:
         raise ValueError(f"{target} exists; use --replace True to overwrite it")
-    weights, metadata = read_weights(resolve_weights(cfg.source))
+    source = resolve_weights(cfg.source)
+    weights, metadata = read_weights(source)
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
     metadata["config"] = {key: value for key, value in metadata["config"].items() if key not in FREE_FIELDS}    # folders and the like
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_weights(target, {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}, metadata)
-    print(f"{target}: {metadata['kind']}, step {metadata['step']}, {target.stat().st_size / 1e6:.1f} MB")
+    what = f"{metadata['kind']}, step {metadata['step']}"
+    if target.suffix == ".safetensors":
+        write_weights(target, weights, metadata)
+        print(f"{target}: {what}, {target.stat().st_size / 1e6:.1f} MB")
+        return
+
+    if target.exists() and not (target / "model.safetensors").is_file():
+        raise ValueError(f"{target} is no model folder: not overwritten")
+    run = source.parent.parent.parent if source.name == "ema.safetensors" else source.with_suffix("")   # run/checkpoints/step_X/ema...
+    card = model_card(cfg.push or target.name, metadata, run, Path(cfg.evaluation) if cfg.evaluation else None)
+    network = DiT(**metadata["architecture"])
+    network.load_state_dict(weights)
+    temporary = target.with_name(f".{target.name}.writing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    (temporary / "README.md").write_text(card)
+    information = {key: value for key, value in metadata.items() if key != "architecture"}
+    network.bfloat16().save_pretrained(temporary, config={**metadata["architecture"], **information})
+    stale = target.with_name(f".{target.name}.stale")
+    if target.exists():
+        os.replace(target, stale)
+    os.replace(temporary, target)
+    shutil.rmtree(stale, ignore_errors=True)
+    print(f"{target}: {what}, {(target / 'model.safetensors').stat().st_size / 1e6:.1f} MB")
+    if cfg.push:
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        api.create_repo(cfg.push, exist_ok=True)
+        print(api.upload_folder(repo_id=cfg.push, folder_path=target))
 
 
 if __name__ == "__main__":

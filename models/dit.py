@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.embeddings import TimeEmbedding, rotary_table, rotate
+from models.hub import HubModel
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class Final(nn.Module):
         return self.out(modulate(rms_norm(x), *self.modulation(c)))
 
 
-class DiT(nn.Module):
+class DiT(nn.Module, HubModel):
     """Average velocity u(z, r, t, y) of a student, or velocity v(z, t, y) of a teacher.
 
     Args:

@@ -1,0 +1,151 @@
+"""A checkpoint as an object to call, in the manner of diffusers.
+
+    from pipeline import SplitMeanFlowPipeline
+
+    pipe = SplitMeanFlowPipeline.from_pretrained("checkpoints/student-mnist.safetensors").to("cuda")
+    image = pipe(class_labels=[7], num_inference_steps=1, generator=torch.manual_seed(0)).images[0]
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+import numpy as np
+import torch
+from huggingface_hub import hf_hub_download
+from PIL import Image
+from torch import Generator, Tensor
+
+from models import DiT
+from utils.checkpoints import load_network
+from utils.data import to_pixels
+from utils.guidance import guided_velocity
+from utils.sampling import sample_average_velocity, sample_velocity
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+class PipelineOutput(NamedTuple):
+    """images: a list of PIL images, an array (B, H, W, C) uint8, or a tensor (B, C, H, W) in [-1, 1], as `output_type` asked."""
+
+    images: list[Image.Image] | np.ndarray | Tensor
+
+
+class SplitMeanFlowPipeline:
+    """Images from a student in 1, 2, 4, ... evaluations, or from a teacher by its ODE.
+
+    Args:
+        network: a student's or teacher's.
+        information: "kind" ("student" or "teacher") and "classes" (their names, none if unconditional); whatever else is
+            there is kept and saved with the network.
+    """
+
+    def __init__(self, network: DiT, information: dict[str, Any]):
+        self.network, self.information = network.eval().requires_grad_(False), information
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **hub_arguments) -> Self:
+        """Load a model folder, a Hub id, or anything else that sample.py takes (a safetensors file, a run folder).
+
+        Args:
+            source: see above.
+            hub_arguments: revision, token, cache_dir, local_files_only, force_download.
+
+        Raises:
+            FileNotFoundError, CheckpointError: a path that holds no model.
+            OSError: a Hub id that cannot be downloaded.
+        """
+        path = Path(source)
+        if path.exists() and not (path / WEIGHTS).is_file():
+            network, metadata = load_network(path, DiT)
+            return cls(network, {key: value for key, value in metadata.items() if key != "architecture"})
+        if not path.exists() and (len(path.parts) != 2 or path.suffix == ".safetensors"):
+            raise FileNotFoundError(f"no model at {source}; a Hub id has the form user/name")
+        config = path / CONFIG if path.is_dir() else hf_hub_download(str(source), CONFIG, **hub_arguments)
+        information = json.loads(Path(config).read_text())
+        network = DiT.from_pretrained(source, **hub_arguments)
+        return cls(network, {key: value for key, value in information.items() if key not in network.architecture})
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json, model.safetensors and, if there is none, a short model card."""
+        self.network.save_pretrained(folder, config={**self.network.architecture, **self.information})
+
+    def to(self, device: torch.device | str) -> Self:
+        self.network.to(device)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.position.device
+
+    @property
+    def classes(self) -> list[str]:
+        return self.information["classes"]
+
+    def labels(self, class_labels: Sequence[int | str] | Tensor | None, batch_size: int) -> Tensor:
+        """Class indices (B,) from numbers or names; None for `batch_size` images without a class.
+
+        Raises:
+            ValueError: an unknown class.
+        """
+        if class_labels is None:
+            return torch.full((batch_size,), self.network.null_class)
+        labels = class_labels.tolist() if isinstance(class_labels, Tensor) else list(class_labels)
+        known = {**{i: i for i in range(self.network.null_class)}, **{name: i for i, name in enumerate(self.classes)}}
+        unknown = [label for label in labels if label not in known]
+        if unknown or not labels:
+            allowed = f"{', '.join(self.classes)}, or 0 to {len(self.classes) - 1}" if self.classes else "no classes: use None"
+            raise ValueError(f"class_labels {unknown or labels}: this model knows {allowed}")
+        return torch.tensor([known[label] for label in labels])
+
+    def noise(self, count: int, generator: Generator | Sequence[Generator] | None) -> Tensor:
+        """(count, C, H, W) standard Gaussian, drawn on the generator's device; a list gives each image its own."""
+        architecture = self.network.architecture
+        shape = (architecture["num_channels"], architecture["image_size"], architecture["image_size"])
+        if isinstance(generator, Sequence):
+            if len(generator) != count:
+                raise ValueError(f"{len(generator)} generators for {count} images; give one, or one for each image")
+            return torch.cat([self.noise(1, each) for each in generator])
+        device = generator.device if generator is not None else self.device
+        return torch.randn(count, *shape, generator=generator, device=device).to(self.device)
+
+    @torch.no_grad()
+    def __call__(self, class_labels: Sequence[int | str] | Tensor | None = None, num_inference_steps: int | None = None,
+                 generator: Generator | Sequence[Generator] | None = None, guidance_scale: float | None = None,
+                 output_type: Literal["pil", "np", "pt"] = "pil", batch_size: int = 1) -> PipelineOutput:
+        """Draw images.
+
+        Args:
+            class_labels: one image each, class numbers or names; None: no class.
+            num_inference_steps: None for 1 with a student and 25 with a teacher.
+            generator: of the noise; one for all images, or one for each.
+            guidance_scale: teachers only; None for 1. A student has its guidance inside.
+            output_type: see `PipelineOutput`.
+            batch_size: number of images if `class_labels` is None.
+
+        Raises:
+            ValueError: a class, a number of steps, a guidance scale or an output type that there is not.
+        """
+        student = self.information["kind"] == "student"
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"output_type {output_type!r}: use pil, np or pt")
+        if guidance_scale not in (None, 1) and (student or not self.classes):
+            why = "a student has its guidance inside" if student else "this model has no classes to guide to"
+            raise ValueError(f"guidance_scale {guidance_scale}: {why}; use None")
+        if num_inference_steps is None:
+            num_inference_steps = 1 if student else 25
+        y = self.labels(class_labels, batch_size).to(self.device)
+        z = self.noise(len(y), generator)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            if student:
+                x = sample_average_velocity(self.network, z, y, num_inference_steps)
+            else:
+                v = guided_velocity(self.network.velocity, self.network.null_class, 1.0 if guidance_scale is None else guidance_scale)
+                x = sample_velocity(v, z, y, num_inference_steps)
+        if output_type == "pt":
+            return PipelineOutput(x.clamp(-1, 1))
+        pixels = to_pixels(x).permute(0, 2, 3, 1).cpu().numpy()                     # (B, H, W, C)
+        if output_type == "np":
+            return PipelineOutput(pixels)
+        return PipelineOutput([Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image) for image in pixels])

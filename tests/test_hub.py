@@ -1,0 +1,137 @@
+"""Model folders, the pipeline object, the model card."""
+
+import json
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import release
+from models import DiT
+from pipeline import SplitMeanFlowPipeline
+from utils.checkpoints import load_network
+from utils.guidance import guided_velocity
+from utils.sampling import sample_average_velocity, sample_velocity
+
+
+@pytest.fixture(scope="module")
+def folder(results, tmp_path_factory):
+    """The student of the trained pair, as a model folder with an evaluation in its card."""
+    evaluation = tmp_path_factory.mktemp("evaluation")
+    (evaluation / "table.md").write_text("| | FD |\n|---|---|\n| 1 step | 123.4 |\n")
+    target = tmp_path_factory.mktemp("hub") / "digits"
+    release.main([str(results / "student-digits"), str(target), "--evaluation", str(evaluation)])
+    return target
+
+
+def test_a_folder_holds_the_ema_weights(results, folder):
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    ema, _ = load_network(results / "student-digits", DiT)
+    network = DiT.from_pretrained(folder)
+    assert not network.training and network.architecture == ema.architecture
+    for name, weight in ema.state_dict().items():
+        assert torch.equal(network.state_dict()[name], weight.bfloat16().float()), name
+    assert all(weight.dtype == torch.bfloat16 for weight in load_file(folder / "model.safetensors").values())
+
+
+def test_the_card_says_what_the_run_recorded(folder):
+    card = huggingface_hub.ModelCard.load(folder / "README.md")
+    assert card.data.license == "mit" and "few-step" in card.data.tags
+    for text in ("| 1 step | 123.4 |", "DiT-Nano/4", "6 updates of 16 images of `digits`", "\n    python ", "on cpu: ", "| seed | 0 |",
+                 'from_pretrained("digits")', "Training took"):
+        assert text in card.text, text
+    assert "/tmp" not in card.text.split("## Training")[0]
+
+
+def test_what_a_network_saves_by_itself(tmp_path):
+    network = DiT("DiT-Nano/4", 8, 1, 3, interval=True)
+    network.save_pretrained(tmp_path / "net")
+    again = DiT.from_pretrained(tmp_path / "net")
+    assert again.architecture == network.architecture
+    assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), again.state_dict().values()))
+    weights = load_file(tmp_path / "net/model.safetensors")
+    save_file({name: weight for name, weight in weights.items() if name != "position"}, tmp_path / "net/model.safetensors")
+    with pytest.raises(RuntimeError, match=r"Missing key.*position"):           # huggingface_hub's default would pass over it
+        DiT.from_pretrained(tmp_path / "net")
+    (tmp_path / "net/config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
+        DiT.from_pretrained(tmp_path / "net")
+
+
+def test_pipeline_of_a_student(results, folder):
+    pipe = SplitMeanFlowPipeline.from_pretrained(folder)
+    z = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(4))
+    expected = sample_average_velocity(pipe.network, z, torch.tensor([1, 7, 7]), 2).clamp(-1, 1)
+    images = pipe([1, "7", 7], 2, torch.manual_seed(4), output_type="pt").images
+    assert torch.equal(images, expected)
+    pictures = pipe(class_labels=torch.tensor([1, 7, 7]), num_inference_steps=2, generator=torch.manual_seed(4)).images
+    arrays = pipe([1, 7, 7], 2, torch.manual_seed(4), output_type="np").images
+    assert arrays.shape == (3, 8, 8, 1) and arrays.dtype == np.uint8
+    for picture, array, image in zip(pictures, arrays, expected):
+        assert picture.mode == "L" and np.array_equal(np.asarray(picture), array[..., 0])
+        assert abs(array[..., 0] / 127.5 - 1 - image[0].numpy()).max() < 1 / 127
+    each = pipe([1, 7], 1, [torch.manual_seed(5), torch.Generator().manual_seed(6)], output_type="pt").images
+    alone = pipe([7], 1, torch.manual_seed(6), output_type="pt").images
+    torch.testing.assert_close(each[1:], alone)
+
+
+def test_pipeline_of_a_teacher_and_of_a_run_folder(results):
+    pipe = SplitMeanFlowPipeline.from_pretrained(results / "teacher-digits")
+    z, y = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([3, 4])
+    v = guided_velocity(pipe.network.velocity, 10, 2.0)
+    images = pipe([3, 4], 3, torch.manual_seed(1), guidance_scale=2.0, output_type="pt").images
+    assert torch.equal(images, sample_velocity(v, z, y, 3).clamp(-1, 1))
+    free = pipe(batch_size=2, generator=torch.manual_seed(1), num_inference_steps=3, output_type="pt").images
+    assert torch.equal(free, sample_velocity(pipe.network.velocity, z, torch.tensor([10, 10]), 3).clamp(-1, 1))
+
+
+def test_saving_a_pipeline(folder, tmp_path):
+    pipe = SplitMeanFlowPipeline.from_pretrained(folder)
+    pipe.save_pretrained(tmp_path / "again")
+    again = SplitMeanFlowPipeline.from_pretrained(tmp_path / "again")
+    assert again.information == pipe.information and again.classes == [str(digit) for digit in range(10)]
+    assert json.loads((tmp_path / "again/config.json").read_text())["preset"] == "DiT-Nano/4"
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (dict(class_labels=[10]), r"class_labels \[10\]: this model knows 0, 1"), (dict(class_labels=["x"]), "class_labels"),
+    (dict(class_labels=[]), "class_labels"), (dict(num_inference_steps=0), "at least 1"), (dict(output_type="png"), "use pil, np or pt"),
+    (dict(guidance_scale=2.0), "a student has its guidance inside"),
+    (dict(class_labels=[1, 2], generator=[torch.Generator()]), "1 generators for 2 images"),
+])
+def test_pipeline_refuses(folder, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SplitMeanFlowPipeline.from_pretrained(folder)(**arguments)
+
+
+def test_no_such_model(tmp_path):
+    for source in (tmp_path / "nothing", "checkpoints/nothing.safetensors"):
+        with pytest.raises(FileNotFoundError, match="no model at"):
+            SplitMeanFlowPipeline.from_pretrained(source)
+
+
+def test_release_keeps_what_is_there(results, folder, tmp_path, monkeypatch):
+    run = str(results / "student-digits")
+    with pytest.raises(ValueError, match="exists; use --replace True"):
+        release.main([run, str(folder)])
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(ValueError, match="is no model folder: not overwritten"):
+        release.main([run, str(tmp_path / "photos"), "--replace", "True"])
+    with pytest.raises(ValueError, match="a file has no card"):
+        release.Config(run, "x.safetensors", push="a/b")
+    with pytest.raises(ValueError, match="user/name"):
+        release.Config(run, "x", push="a")
+    before = (folder / "model.safetensors").read_bytes()
+    with pytest.raises(FileNotFoundError, match=r"holds no table\.md"):
+        release.main([run, str(folder), "--replace", "True", "--evaluation", str(tmp_path)])
+    assert (folder / "model.safetensors").read_bytes() == before
+
+    calls = []
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda api, repo_id, exist_ok: calls.append(repo_id))
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", lambda api, repo_id, folder_path: calls.append((repo_id, folder_path)))
+    release.main([run, str(folder), "--replace", "True", "--push", "someone/digits"])
+    assert calls == ["someone/digits", ("someone/digits", folder)]
+    assert 'from_pretrained("someone/digits")' in (folder / "README.md").read_text()
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["digits"]

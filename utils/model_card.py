@@ -1,0 +1,76 @@
+"""The model card of a released folder, written from what the run itself recorded."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+USE = """```python
+import torch
+from pipeline import SplitMeanFlowPipeline     # from the project's repository
+
+pipe = SplitMeanFlowPipeline.from_pretrained("{name}")
+images = pipe({call}, generator=torch.manual_seed(0)).images
+```"""
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def training_lines(run: Path, config: dict[str, Any], step: int) -> list[str]:
+    """How the weights came about: command, device, time and versions of a run folder, as far as it has them."""
+    lines = [f"{step} updates of {config['global_batch_size']} images of `{config['data']}`, seed {config['seed']}."]
+    for start in read_json(run / "environment.json") or []:
+        command = shlex.join(["python", Path(start["command"][0]).name, *start["command"][1:]])
+        lines.append(f"\n    {command}\n\non {start['device']}, {start['processes']} process(es), torch {start['torch']}, "
+                     f"commit {start['git_commit'] or 'unknown'}, from step {start['after_step']}.")
+    metrics = run / "metrics.jsonl"
+    if metrics.is_file() and (rows := metrics.read_text().splitlines()):
+        seconds = json.loads(rows[-1]).get("seconds")
+        lines += [f"\nTraining took {seconds:.0f} s."] if seconds else []
+    return lines
+
+
+def model_card(name: str, metadata: dict[str, Any], run: Path, evaluation: Path | None) -> str:
+    """Markdown with the front matter that the Hub reads.
+
+    Args:
+        name: what `from_pretrained` takes: the folder's name, or the Hub id.
+        metadata: of the weights: kind, architecture, classes, config, step.
+        run: the folder of the training run.
+        evaluation: the folder that evaluate.py wrote, whose table is the card's; None: the card says that there is none.
+
+    Raises:
+        FileNotFoundError: `evaluation` holds no table.md.
+    """
+    config, architecture, kind = metadata["config"], metadata["architecture"], metadata["kind"]
+    student = kind == "student"
+    front = {"license": "mit", "library_name": "splitmeanflow", "pipeline_tag": "unconditional-image-generation",
+             "tags": ["splitmeanflow", "flow-matching", "diffusion-transformer", *(["few-step"] if student else [])]}
+    if config["data"] in ("mnist", "cifar10"):
+        front["datasets"] = [config["data"]]
+    size = f"{architecture['image_size']} x {architecture['image_size']} x {architecture['num_channels']}"
+    classes = metadata["classes"]
+    call = f"class_labels=[{classes[0]!r}]" if classes else "batch_size=4"
+    what = ("Few-step student: an image in 1, 2 or 4 network evaluations. Its teacher's guidance, "
+            f"{config['guidance_scale']}, is part of it." if student else
+            "Flow-matching teacher: velocities of an ODE, solved in some 25 steps, with or without guidance.")
+    if evaluation is not None:
+        table = evaluation / "table.md"
+        if not table.is_file():
+            raise FileNotFoundError(f"{evaluation} holds no table.md; make it with evaluate.py")
+        numbers = table.read_text().strip()
+    else:
+        numbers = "Not measured: `evaluate.py` was not run on these weights."
+    return "\n".join([
+        "---", ModelCardData(**front).to_yaml().strip(), "---", "", f"# {name}", "",
+        f"{what} Method: [SplitMeanFlow, arXiv 2507.16884](https://arxiv.org/abs/2507.16884). t = 0 is data, t = 1 is noise.", "",
+        f"Network {architecture['preset']}, images {size}, "
+        + (f"{len(classes)} classes: {', '.join(classes)}." if classes else "unconditional."), "",
+        "## Use", "", USE.format(name=name, call=call + (", num_inference_steps=1" if student else "")), "",
+        "## Numbers", "", numbers, "",
+        "## Training", "", *training_lines(run, config, metadata["step"]), "",
+        "| setting | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in config.items()), ""])
