@@ -34,6 +34,7 @@ from utils.run_log import Run
 from utils.sampling import sample_average_velocity
 from utils.schedules import learning_rate_factor
 from utils.seeding import fold, generator
+from utils.sharding import load_weights, shard, whole
 from utils.teachers import check_teacher, find_teacher
 from utils.times import LAM_LAWS, LAWS, draw_intervals, draw_lam, draw_times
 
@@ -108,6 +109,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     student = student_from_teacher(teacher)
     ema = ModelEmaV3(student, decay=cfg.ema_decay, use_warmup=True, warmup_gamma=9, warmup_power=1, exclude_buffers=True)
     target_ema = ModelEmaV3(student, decay=cfg.target_decay, exclude_buffers=True) if cfg.target == "ema" else None
+    if cfg.shard:
+        shard(ranks, teacher, student, ema.module, *([target_ema.module] if target_ema else []))
     optimizer = Optimizer(student, cfg.optimizer, cfg.lr, cfg.muon_lr, cfg.weight_decay)
 
     # Go on where an earlier start of the same run stopped.
@@ -116,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if latest := read_latest(run.checkpoints, tuple(networks), run.note):
         weights, training = latest
         for name, network in networks.items():
-            network.load_state_dict(weights[name])
+            load_weights(network, weights[name])
         optimizer.load_state_dict(training["optimizer"])
         done, seconds = training["step"], training["seconds"]
     metadata = dict(kind="student", architecture=student.architecture, classes=images.classes, config=to_dict(cfg))
@@ -149,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 loss = adaptive_weight(torch.cat(parts), cfg.adaptive_power).mean()
             loss.backward()
             ranks.average_gradients(student)
-            grad_norm = clip_grad_norm_(student.parameters(), cfg.max_grad_norm)
+            grad_norm = whole(clip_grad_norm_(student.parameters(), cfg.max_grad_norm))
             lr_factor = learning_rate_factor(step, cfg.steps, cfg.warmup_steps, cfg.decay_share)
             optimizer.step(lr_factor, skip=meter.record(step, loss=loss, boundary=parts.boundary.mean(),
                                                         splitting=parts.splitting.mean(), grad_norm=grad_norm))
@@ -165,14 +168,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             saving = last or stopping or step % cfg.save_every == 0
             if sampling or saving or step % cfg.log_every == 0:
                 run.scalars(step, **meter.read(), learning_rate=cfg.lr * lr_factor)     # raises if anything is not finite
-            if sampling and ranks.is_main:
+            if sampling:
                 with run.paused(), ranks.autocast():
                     for num_steps in cfg.num_steps:
                         trajectory = sample_average_velocity(ema.module, sample_z, sample_y, num_steps, trajectory=True)
                         run.images(step, f"{num_steps}step", trajectory[-1])
                         if num_steps == max(cfg.num_steps):
                             run.gif(step, f"trajectory_{num_steps}step", trajectory)
-            if evaluate and (last or step % cfg.eval_every == 0) and ranks.is_main:
+            if evaluate and (last or step % cfg.eval_every == 0):
                 with run.paused():
                     rows = {f"{n}step": partial(sample_average_velocity, ema.module, num_steps=n) for n in cfg.num_steps}
                     run.evaluation(step, evaluate(rows), ema.module, metadata)

@@ -33,6 +33,7 @@ from utils.run_log import Run
 from utils.sampling import sample_velocity
 from utils.schedules import learning_rate_factor
 from utils.seeding import fold, generator
+from utils.sharding import load_weights, shard, whole
 from utils.times import LAWS, draw_times
 
 
@@ -82,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(fold(cfg.seed, "weights"))            # alike on every rank
     network = DiT(cfg.model, images.shape[1], images.shape[0], len(images.classes)).to(device)
     ema = ModelEmaV3(network, decay=cfg.ema_decay, use_warmup=True, warmup_gamma=9, warmup_power=1, exclude_buffers=True)
+    if cfg.shard:
+        shard(ranks, network, ema.module)
     optimizer = Optimizer(network, cfg.optimizer, cfg.lr, cfg.muon_lr, cfg.weight_decay)
 
     # Run folder; go on where an earlier start of the same run stopped.
@@ -91,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if latest := read_latest(run.checkpoints, tuple(networks), run.note):
         weights, training = latest
         for name in networks:
-            networks[name].load_state_dict(weights[name])
+            load_weights(networks[name], weights[name])
         optimizer.load_state_dict(training["optimizer"])
         done, seconds = training["step"], training["seconds"]
     metadata = dict(kind="teacher", architecture=network.architecture, classes=images.classes, config=to_dict(cfg))
@@ -117,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 loss = flow_matching_loss(network.velocity, x, eps, t, y).mean()
             loss.backward()
             ranks.average_gradients(network)
-            grad_norm = clip_grad_norm_(network.parameters(), cfg.max_grad_norm)
+            grad_norm = whole(clip_grad_norm_(network.parameters(), cfg.max_grad_norm))
             lr_factor = learning_rate_factor(step, cfg.steps, cfg.warmup_steps, cfg.decay_share)
             optimizer.step(lr_factor, skip=meter.record(step, loss=loss, grad_norm=grad_norm))
             optimizer.zero_grad()
@@ -130,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             saving = last or stopping or step % cfg.save_every == 0
             if sampling or saving or step % cfg.log_every == 0:
                 run.scalars(step, **meter.read(), learning_rate=cfg.lr * lr_factor)     # raises if anything is not finite
-            if sampling and ranks.is_main:
+            if sampling:
                 with run.paused(), ranks.autocast():
                     for scale in cfg.guidance_scale:
                         v = guided_velocity(ema.module.velocity, network.null_class, scale)
@@ -138,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                         run.images(step, f"cfg{scale}", trajectory[-1])
                         if scale == sorted(cfg.guidance_scale)[len(cfg.guidance_scale) // 2]:
                             run.gif(step, f"trajectory_cfg{scale}", trajectory)
-            if evaluate and (last or step % cfg.eval_every == 0) and ranks.is_main:
+            if evaluate and (last or step % cfg.eval_every == 0):
                 with run.paused():
                     guided = {w: guided_velocity(ema.module.velocity, network.null_class, w) for w in cfg.guidance_scale}
                     rows = {f"cfg{w}": partial(sample_velocity, v, num_steps=cfg.sample_steps) for w, v in guided.items()}

@@ -207,10 +207,15 @@ class DiT(nn.Module, HubModel):
         x = self.final(x, c)                                                        # (B, T, p * p * C)
         return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.grid_size, p=self.patch_size, q=self.patch_size).float()
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """Nearly all of the work, in pieces that are compiled, and split among processes, one by one."""
+        return [*self.blocks, self.final]
+
     def compile_blocks(self) -> None:
-        """torch.compile the blocks, nearly all of the work. They share one graph, so twelve compile as fast as one."""
-        for block in (*self.blocks, self.final):
-            block.compile(dynamic=False)
+        """torch.compile the layers. The blocks share one graph, so twelve compile as fast as one."""
+        for layer in self.layers:
+            layer.compile(dynamic=False)
 
     def velocity(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Instantaneous velocity v(z, t, y), which is u(z, t, t, y) by definition. Shapes as in `forward`."""

@@ -5,7 +5,7 @@ from runs import COMMON, TEACHER
 import train_student_mnist
 import train_teacher_mnist
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)          # the networks are tiny: threads would only wait for each other
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ COMMON = ["--data", "digits", "--steps", str(STEPS), "--global-batch-size", "16"
 TEACHER = [*COMMON, "--model", "DiT-Nano/4", "--sample-steps", "2"]
 
 
-def everything(folder: Path, names=("ema", "raw")) -> dict[str, torch.Tensor]:
+def everything(folder: Path, names=("ema", "raw"), steps: int = STEPS) -> dict[str, torch.Tensor]:
     """All tensors of a run's last checkpoint: weights and optimizer states."""
     weights, training = read_checkpoint(step_folders(folder / "checkpoints")[-1], names)
-    assert training["step"] == STEPS
+    assert training["step"] == steps
     tensors = {f"{name}.{key}": tensor for name in names for key, tensor in weights[name].items()}
     for i, part in enumerate(training["optimizer"]):
         for index, state in part["state"].items():

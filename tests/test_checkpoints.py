@@ -26,8 +26,12 @@ def training(step: int) -> dict:
     return {"optimizer": {"state": {0: {"momentum": torch.full((3,), float(step))}}, "lr": 0.1}, "seconds": 1.5}
 
 
+def weights_of(networks: dict[str, nn.Module]) -> dict:
+    return {name: network.state_dict() for name, network in networks.items()}
+
+
 def save(folder: Path, step: int, keep: int = 9) -> Path:
-    return save_checkpoint(folder, step, NETWORKS, training(step), dict(kind="teacher", architecture=ARCHITECTURE), keep)
+    return save_checkpoint(folder, step, weights_of(NETWORKS), training(step), dict(kind="teacher", architecture=ARCHITECTURE), keep)
 
 
 @pytest.fixture
@@ -67,7 +71,7 @@ def test_one_file_rebuilds_the_network(tmp_path, name):
         nn.init.normal_(weight)                             # no two alike: none can be lost or exchanged unseen
     metadata = dict(kind="teacher", architecture=networks[name].architecture, classes=["a", "b", "ü"],
                     config={"steps": 10, "guidance_scale": [1.0, 2.5], "name": None})
-    path = save_checkpoint(tmp_path, 7, networks, training(7), metadata, keep=1)
+    path = save_checkpoint(tmp_path, 7, weights_of(networks), training(7), metadata, keep=1)
     loaded, found = load_network(path / f"{name}.safetensors", DiT)
     assert same(loaded.state_dict(), networks[name].state_dict())
     assert found == {**metadata, "step": 7, "weights": name}

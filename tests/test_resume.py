@@ -14,8 +14,10 @@ from runs import COMMON, ROOT, TEACHER, assert_same, everything
 
 import train_student_mnist
 import train_teacher_mnist
-from utils.checkpoints import read_checkpoint, step_folders
+from models import DiT
+from utils.checkpoints import load_network, read_checkpoint, step_folders
 from utils.meter import NonFiniteError
+from utils.optim import Optimizer
 from utils.run_log import Run
 
 
@@ -132,26 +134,61 @@ def test_full_disk(results, small_disk):
     assert_same(results / "teacher-digits", small_disk / "teacher-digits")
 
 
-@pytest.mark.parametrize("which", ["teacher", "student"])
-def test_two_processes_equal_one(results, tmp_path, which):
-    """The student from its first step; the teacher goes on where one process left it."""
-    script, arguments = ("train_teacher_mnist.py", TEACHER) if which == "teacher" else \
-        ("train_student_mnist.py", [*COMMON, "--teacher", str(results / "teacher-digits")])
-    if which == "teacher":
-        shutil.copytree(results / "teacher-digits", tmp_path / "teacher-digits")
-        shutil.rmtree(step_folders(tmp_path / "teacher-digits/checkpoints")[-1])
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, *arguments,
-                           "--results-dir", str(tmp_path)],
-                          cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("finished") == 1                   # only rank 0 speaks
-    assert ("going on after step 4" in done.stdout) == (which == "teacher")
-    a, b = everything(results / f"{which}-digits"), everything(tmp_path / f"{which}-digits")
+@pytest.fixture(scope="module")
+def twenty(results, tmp_path_factory):
+    """Run folders of 20 updates by one process, by two, and by two that split the networks (FSDP2), all from one launch."""
+    longer = ["--steps", "20", "--save-every", "4", "--keep", "5", "--sample-every", "20"]
+    arguments = {"teacher": [*TEACHER, *longer], "student": [*COMMON, *longer, "--teacher", str(results / "teacher-digits")]}
+    folders = {way: tmp_path_factory.mktemp(way) for way in ("one", "two", "split")}
+    train_teacher_mnist.main([*arguments["teacher"], "--results-dir", str(folders["one"])])
+    train_student_mnist.main([*arguments["student"], "--results-dir", str(folders["one"])])
+    # The teachers go on where one process left them, the students start anew.
+    for way in ("two", "split"):
+        shutil.copytree(folders["one"] / "teacher-digits", folders[way] / "teacher-digits")
+        for folder in step_folders(folders[way] / "teacher-digits/checkpoints"):
+            if folder.name != "step_00000004":
+                shutil.rmtree(folder)
+    jobs = [[f"train_{stage}_mnist", *arguments[stage], "--results-dir", str(folders[way]), "--shard", str(way == "split")]
+            for way in ("two", "split") for stage in arguments]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "tests/two_processes.py",
+                           json.dumps(jobs)],
+                          cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("finished 20 updates") == len(jobs)                # only rank 0 speaks
+    assert done.stdout.count("going on after step 4") == 2
+    return folders
+
+
+@pytest.mark.parametrize("way", ["two", "split"])
+@pytest.mark.parametrize("stage", ["teacher", "student"])
+def test_two_processes_equal_one(twenty, stage, way):
+    one, other = twenty["one"] / f"{stage}-digits", twenty[way] / f"{stage}-digits"
+    a, b = everything(one, steps=20), everything(other, steps=20)
+    assert a.keys() == b.keys()
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
-    one, two = ([json.loads(line)["loss"] for line in (folder / f"{which}-digits/metrics.jsonl").read_text().splitlines()]
-                for folder in (results, tmp_path))
-    assert one == pytest.approx(two, rel=1e-4)
+    rows, other_rows = ([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (one, other))
+    for name in ("loss", "grad_norm"):
+        assert [row[name] for row in rows] == pytest.approx([row[name] for row in other_rows], rel=1e-3)
+
+
+def test_what_two_processes_split_one_goes_on_with(twenty, results, monkeypatch):
+    """A checkpoint of split networks is whole: it loads into one process, bit for bit."""
+    folder = twenty["split"] / "student-digits"
+    weights, training = read_checkpoint(step_folders(folder / "checkpoints")[-1], ("ema", "raw"))
+    student, _ = load_network(folder, DiT)
+    assert weights["ema"].keys() == student.state_dict().keys()
+    optimizer = Optimizer(student.requires_grad_(), "muon", 1e-3, 0.01)
+    optimizer.load_state_dict(training["optimizer"])
+    for saved, loaded in zip(training["optimizer"], optimizer.state_dict(), strict=True):
+        for i, values in saved["state"].items():
+            assert all(torch.equal(value, loaded["state"][i][key]) for key, value in values.items())
+
+
+def test_nothing_to_split_among_one_process(tmp_path):
+    with pytest.raises(ValueError, match="--shard True: there is one process"):
+        train_teacher_mnist.main([*TEACHER, "--results-dir", str(tmp_path), "--shard", "True"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_max_minutes_stops_and_goes_on(results, tmp_path):

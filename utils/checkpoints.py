@@ -79,13 +79,13 @@ def step_folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if STEP_FOLDER.fullmatch(path.name))
 
 
-def save_checkpoint(folder: Path, step: int, networks: Mapping[str, nn.Module], training: dict[str, Any],
+def save_checkpoint(folder: Path, step: int, networks: Mapping[str, Mapping[str, Tensor]], training: dict[str, Any],
                     metadata: dict[str, Any], keep: int) -> Path:
     """Write the checkpoint of `step` completed updates, then delete all but the newest `keep`.
 
     Args:
         folder: the run's checkpoint folder.
-        networks: file name to network: "ema" and "raw".
+        networks: file name to weights by name: "ema" and "raw".
         training: optimizer states and counters: tensors and plain values only.
         metadata: "kind", "architecture", "config", ...; see `read_weights`.
 
@@ -98,8 +98,8 @@ def save_checkpoint(folder: Path, step: int, networks: Mapping[str, nn.Module], 
         for leftover in folder.glob(".step_*.writing"):         # of a process that was killed
             shutil.rmtree(leftover)
         temporary.mkdir()
-        for name, network in networks.items():
-            write_weights(temporary / f"{name}.safetensors", network.state_dict(), {**metadata, "step": step, "weights": name})
+        for name, weights in networks.items():
+            write_weights(temporary / f"{name}.safetensors", weights, {**metadata, "step": step, "weights": name})
         torch.save({**training, "step": step}, temporary / "training.pt")
         flush(temporary / "training.pt")
         flush(temporary)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,13 @@ class Ranks:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False)
 
     def average_gradients(self, network: nn.Module) -> None:
-        """Replace each gradient by its mean over the ranks, with one all-reduce of one flat buffer."""
-        if self.world_size == 1:
-            return
+        """Replace each gradient by its mean over the ranks, with one all-reduce of one flat buffer.
+
+        A network that is split among the ranks (`utils.sharding`) has averaged them already.
+        """
         gradients = [p.grad for p in network.parameters() if p.grad is not None]
+        if self.world_size == 1 or isinstance(gradients[0], DTensor):
+            return
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat)
         parts = (flat / self.world_size).split([gradient.numel() for gradient in gradients])

@@ -193,10 +193,16 @@ class QuickEvaluation:
         self.reference = reference_features(self.judge, shuffled(images)[0], Path(results_dir, "features")) if ranks.is_main else None
 
     def __call__(self, samplers: dict[str, Sample]) -> dict[str, float]:
-        """From named samplers to "fd_<name>" and, if there are classes, "accuracy_<name>"; always from the same noise."""
+        """From named samplers to "fd_<name>" and, if there are classes, "accuracy_<name>"; always from the same noise.
+
+        All ranks draw, rank 0 measures; the others return nothing.
+        """
         result = {}
         for name, sample in samplers.items():
-            seen = self.judge(draw(sample, self.labels, self.shape, 0, self.ranks, 500))
+            pixels = draw(sample, self.labels, self.shape, 0, self.ranks, 500)       # by all ranks: the network may be split among them
+            if not self.ranks.is_main:
+                continue
+            seen = self.judge(pixels)
             result[f"fd_{name}"] = metrics.frechet_distance(seen.features, self.reference.features)
             if self.judge.knows_classes:
                 result[f"accuracy_{name}"] = metrics.class_accuracy(seen.logits, self.labels)

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from utils.sharding import split_like, whole
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)       # quintic a s + b s^3 + c s^5: drives singular values to about 1 in 5 steps
 
 
@@ -52,7 +54,8 @@ class Muon(torch.optim.Optimizer):
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             momenta = [self.state[p]["momentum_buffer"] for p in params]
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-            updates = torch._foreach_lerp(gradients, momenta, group["momentum"])
+            torch._foreach_lerp_(gradients, momenta, group["momentum"])         # in place: a gradient is used once
+            updates = [whole(gradient) for gradient in gradients]
             by_shape = defaultdict(list)
             for i, p in enumerate(params):
                 by_shape[p.shape].append(i)
@@ -63,10 +66,10 @@ class Muon(torch.optim.Optimizer):
                 decay = lr * group["weight_decay"]
                 update = update * (lr * max(1, rows / columns) ** 0.5)
                 if decay:
-                    update = update + decay * torch.stack(stack)
+                    update = update + decay * torch.stack([whole(p) for p in stack])
                 if self.found_inf is not None:
                     update = torch.where(self.found_inf > 0, 0.0, update)
-                torch._foreach_sub_(stack, list(update.unbind()))
+                torch._foreach_sub_(stack, [split_like(part, p) for part, p in zip(update, stack)])
 
 
 class Optimizer:
@@ -105,8 +108,15 @@ class Optimizer:
             part.zero_grad(set_to_none=True)
 
     def state_dict(self) -> list[dict]:
-        return [part.state_dict() for part in self.parts]
+        """Whole, also of a network that is split among the ranks: then all must call."""
+        states = [part.state_dict() for part in self.parts]
+        for state in states:
+            state["state"] = {i: {key: whole(value) for key, value in values.items()} for i, values in state["state"].items()}
+        return states
 
-    def load_state_dict(self, state: list[dict]) -> None:
-        for part, part_state in zip(self.parts, state, strict=True):
-            part.load_state_dict(part_state)
+    def load_state_dict(self, states: list[dict]) -> None:
+        for part, state in zip(self.parts, states, strict=True):
+            params = [p for group in part.param_groups for p in group["params"]]
+            split = {i: {key: split_like(value, params[i]) if value.dim() else value for key, value in values.items()}
+                     for i, values in state["state"].items()}
+            part.load_state_dict({**state, "state": split})

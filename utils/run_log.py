@@ -28,6 +28,7 @@ from utils.config import differences, to_dict
 from utils.distributed import Ranks
 from utils.interrupt import StopRequest
 from utils.pictures import save_curves, save_gif, save_grid
+from utils.sharding import whole_weights
 
 
 def environment(ranks: Ranks) -> dict[str, Any]:
@@ -167,13 +168,17 @@ class Run:
 
     def save(self, step: int, networks: dict[str, nn.Module], training: dict[str, Any], metadata: dict[str, Any]) -> None:
         """Write the checkpoint of `step` and draw curves.png anew; see `utils.checkpoints.save_checkpoint`."""
+        weights = {name: whole_weights(network) for name, network in networks.items()}
         if self.ranks.is_main:
-            path = save_checkpoint(self.checkpoints, step, networks, training, metadata, self.config.keep)
+            path = save_checkpoint(self.checkpoints, step, weights, training, metadata, self.config.keep)
             save_curves(self.folder / "curves.png", self.folder)
             self.write_log(f"saved {path}")
 
     def evaluation(self, step: int, numbers: dict[str, float], ema: nn.Module, metadata: dict[str, Any]) -> None:
         """One line of evaluations.jsonl; best.safetensors is the EMA of the step at which the first number was least."""
+        weights = whole_weights(ema)
+        if not self.ranks.is_main:
+            return
         with open(self.folder / "evaluations.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **numbers}) + "\n")
         self.note(f"step {step}: " + ", ".join(f"{key} {value:.4g}" for key, value in numbers.items()))
@@ -182,7 +187,7 @@ class Run:
         name, value = next(iter(numbers.items()))
         best = self.folder / "best.safetensors"
         if not best.exists() or value < read_weights(best)[1]["best"][name]:
-            write_weights(best, ema.state_dict(), {**metadata, "step": step, "weights": "ema", "best": numbers})
+            write_weights(best, weights, {**metadata, "step": step, "weights": "ema", "best": numbers})
 
     def advance(self) -> None:
         """One update is done: move the bar."""
