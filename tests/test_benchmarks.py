@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from benchmarks import meanflow, profile_step, textbook, throughput
+from benchmarks import meanflow, profile_step, scaling, textbook, throughput
 from benchmarks.report import markdown
+from models import DiT
 
 TINY = ["--model", "DiT-Nano/8", "--image-size", "16", "--batch-size", "16", "--device", "cpu"]
 
@@ -69,3 +70,21 @@ def test_kinds_of_kernels():
     assert profile_step.kind("nvjet_sm90_tst_192x192_64x4_1x2_h_bz_coopB_TNN") == "matrix products"
     assert profile_step.kind("triton_poi_fused_gelu_12") == "compiled pointwise and reductions"
     assert profile_step.kind("aten::mm") == "matrix products"
+
+
+def test_what_hosts_add():
+    assert scaling.between_hosts(10**9, 8, 8, link=50, latency=20) == 0                     # one host: nothing is between
+    two = scaling.between_hosts(10**9, 16, 8, link=50, latency=0)
+    assert two == pytest.approx(10**9 / (8 * 50e9))                                          # half the buffer there, half back
+    assert scaling.between_hosts(10**9, 512, 8, link=50, latency=0) == pytest.approx(two * 2 * 63 / 64)
+    assert scaling.between_hosts(0, 64, 8, link=50, latency=20) == pytest.approx(6 * 20e-6)
+    network = DiT("DiT-Nano/8", 16, 3, 10, interval=True)
+    assert scaling.gradient_bytes("DiT-Nano/8", 16) == sum(p.nbytes for p in network.parameters())
+
+
+def test_scaling_needs_rows_and_processes(tmp_path):
+    with pytest.raises(ValueError, match=r"a rows\.json that benchmarks\.throughput wrote"):
+        scaling.Config(rows=str(tmp_path / "rows.json"))
+    (tmp_path / "rows.json").write_text("{}")
+    with pytest.raises(ValueError, match="one process has nothing to reduce"):
+        scaling.main(["--rows", str(tmp_path / "rows.json"), "--device", "cpu"])
