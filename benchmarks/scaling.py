@@ -90,9 +90,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for row in rows:
         size, reduced = sizes[row["model"]], reduce_seconds[row["model"]]
         step = row["batch_size"] / statistics.median(row["images_per_second"])
-        shares = [step / (step + reduced + between_hosts(size, gpus, ranks.world_size, cfg.link, cfg.latency)) for gpus in cfg.num_gpus]
-        lines.append(f"| {row['name']} | {row['model']} | {row['batch_size']} | {1e3 * step:.1f} | {size / 1e6:.0f} | {1e3 * reduced:.2f} | "
-                     + " | ".join(f"{share:.1%}" for share in shares) + " |")
+        added = [between_hosts(size, gpus, ranks.world_size, cfg.link, cfg.latency) for gpus in cfg.num_gpus]
+        shares = [step / (step + reduced + seconds) for seconds in added]
+        lines.append(f"| {row['name']} | {row['model']} | {row['batch_size']} | {1e3 * step:.1f} | {size / 1e6:.0f} "
+                     f"| {1e3 * reduced:.2f} | " + " | ".join(f"{share:.1%}" for share in shares) + " |")
     if ranks.is_main:
         print("\n".join(lines))
         print(f"\nOne host: {ranks.world_size} x {measured['device']}, measured. More hosts: an estimate, {cfg.link:g} GB/s a GPU and "

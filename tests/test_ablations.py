@@ -1,0 +1,72 @@
+"""The ablation runner: every variant is a valid command, and results become a table as they are."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+import train_student
+import train_teacher
+from benchmarks.ablations import run
+from benchmarks.ablations.variants import VARIANTS
+from utils import recipes
+from utils.config import parse_config, to_dict
+
+SCRIPTS = {"student": (train_student, recipes.STUDENT), "teacher": (train_teacher, recipes.TEACHER)}
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+def test_a_variant_differs_from_the_defaults_as_it_says(variant):
+    script, recipe = SCRIPTS[variant.stage]
+    common = ["--data", "cifar10"]
+    plain = to_dict(parse_config(script.Config, common, "", recipe))
+    changed = to_dict(parse_config(script.Config, [*common, *variant.flags], "", recipe))
+    different = {key for key in plain if plain[key] != changed[key]}
+    assert different == {flag[2:].replace("-", "_") for flag in variant.flags if flag.startswith("--")}
+    assert [v.name for v in VARIANTS].count(variant.name) == 1
+
+
+def test_spike():
+    assert run.spike([1.0, 1.0, 1.0, 1.0, 12.0, 1.0]) == 12.0
+    assert run.spike([50.0, 1.0, 1.0, 1.0, 1.0, 1.0]) == pytest.approx(1.0)     # the first ones have nothing to be compared with
+
+
+def test_runs_results_and_table(tmp_path, monkeypatch):
+    started = []
+
+    def start(line):
+        """What a training script would leave: a variant's speed, then its numbers."""
+        flags = dict(zip(line[1::2], line[2::2]))
+        started.append(flags)
+        folder = Path(flags["--results-dir"], flags["--name"])
+        folder.mkdir(parents=True)
+        if "lam-uniform" in flags["--name"] and "--eval-every" in flags:
+            raise RuntimeError("... NonFiniteError: step 12 is not finite")
+        (folder / "config.json").write_text(json.dumps({"global_batch_size": 100}))
+        rows = [{"step": i, "images_per_second": 2000.0, "grad_norm": 1.0 + i} for i in range(5)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        numbers = {"step": 5, "fd_1step": 2.0 + int(flags["--seed"]), "accuracy_1step": 0.9}
+        (folder / "evaluations.jsonl").write_text(json.dumps(numbers) + "\n")
+
+    monkeypatch.setattr(run, "start", start)
+    flags = ["--only", "student", "lam-uniform", "--seconds", "30", "--seeds", "0", "1", "--out", str(tmp_path),
+             "--results-dir", str(tmp_path / "runs"), "--teacher", "t.safetensors", "--flags=--global-batch-size 100"]
+    run.main(flags)
+    assert [f["--steps"] for f in started] == ["100", "600", "100", "600", "600", "600"]        # a probe of each; 30 s x 2000 / 100
+    assert all(f["--teacher"] == "t.safetensors" and f["--global-batch-size"] == "100" for f in started)
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [(row["variant"], row["seed"], row.get("fd_1step")) for row in rows] == [
+        ("student", 0, 2.0), ("lam-uniform", 0, None), ("student", 1, 3.0), ("lam-uniform", 1, None)]
+    assert shlex.split(rows[1]["command"])[:2] == ["python", "train_student.py"] and "--lam-law uniform" in rows[1]["command"]
+    text = (tmp_path / "table.md").read_text()
+    assert "| student | the defaults | 2.500 ± 0.500 | 0.900 ± 0.000 | 2.0 | 600 | 2 |" in text
+    assert "| lam-uniform | anchored, lam uniform |  |  |  | 600 | 2, 2 not finite |" in text
+    run.main(flags)                                         # what is there is not run again
+    assert len(started) == 6
+
+    monkeypatch.setattr(run, "start", lambda line: (_ for _ in ()).throw(RuntimeError("CUDA out of memory")))
+    with pytest.raises(RuntimeError, match="out of memory"):                    # any other failure is no result
+        run.main(["--only", "student", "--seconds", "30", "--seeds", "7", "--out", str(tmp_path), "--results-dir", str(tmp_path / "runs")])
+    with pytest.raises(ValueError, match="among adamw, algorithm-1"):
+        run.Config(only=("nonsense",))
