@@ -22,7 +22,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from models import Classifier, DiT
+from models import Classifier, DiT, SiT, build_network
 from utils import distributed, metrics, report
 from utils.checkpoints import load_network, resolve_weights
 from utils.config import parse_config, require, to_dict
@@ -105,7 +105,7 @@ def inception_judge(weights: str | None, ranks: Ranks) -> Judge:
     return Judge(f"inception-{fingerprint(*network.state_dict().values())}", see, knows_classes=False, batch_size=100)
 
 
-def rows_of(network: DiT, student: bool, cfg: Config) -> list[tuple[str, int, Sample]]:
+def rows_of(network: DiT | SiT, student: bool, cfg: Config) -> list[tuple[str, int, Sample]]:
     """Name, network evaluations and sampler of each row."""
     if student:
         return [(f"{n} step" + "s" * (n > 1), n, partial(sample_average_velocity, network, num_steps=n))
@@ -130,12 +130,15 @@ def find_own_teacher(checkpoint: str, teacher: str | None) -> Path | None:
 def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse_config(Config, argv, __doc__)
     ranks = distributed.start(cfg.device)
-    network, metadata = load_network(cfg.checkpoint, DiT, ranks.device)
+    network, metadata = load_network(cfg.checkpoint, build_network, ranks.device)
     student = metadata["kind"] == "student"
     if student and cfg.guidance_scale != (1.0,):
         raise ValueError(f"--guidance-scale {' '.join(map(str, cfg.guidance_scale))}: a student has its guidance inside")
     architecture = network.architecture
-    images = load_images(cfg.data or metadata["config"]["data"], cfg.data_root, architecture["image_size"], cfg.num_workers)
+    data = cfg.data or metadata["config"]["data"]
+    if data is None:
+        raise ValueError(f"{cfg.checkpoint} does not say what it was trained on; name the images with --data")
+    images = load_images(data, cfg.data_root, architecture["image_size"], cfg.num_workers)
     if (images.shape, images.classes) != ((architecture["num_channels"], *[architecture["image_size"]] * 2), metadata["classes"]):
         raise ValueError(f"--data {images.name} has shape {images.shape} and classes {images.classes}; {cfg.checkpoint} was trained on "
                          f"{architecture['num_channels']} channels and classes {metadata['classes']}")
@@ -168,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     from_teacher = None
     if student and (own := find_own_teacher(cfg.checkpoint, cfg.teacher)):
-        teacher, _ = load_network(own, DiT, ranks.device)
+        teacher, _ = load_network(own, build_network, ranks.device)
         v = guided_velocity(teacher.velocity, teacher.null_class, metadata["config"]["guidance_scale"],
                             tuple(metadata["config"]["guidance_interval"]))
         ideal = partial(sample_velocity, v, num_steps=16, method="heun")

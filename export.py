@@ -17,7 +17,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from models import DiT
+from models import build_network
 from utils.checkpoints import load_network
 from utils.config import parse_config, require
 from utils.flow import step
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"{target} exists; use --replace True to overwrite it")
     if onnx:
         check_packages()
-    network, metadata = load_network(cfg.checkpoint, DiT)
+    network, metadata = load_network(cfg.checkpoint, build_network)
     if metadata["kind"] != "student":
         raise ValueError(f"{cfg.checkpoint} is a {metadata['kind']}; a student is what samples in few steps")
     if cfg.half:

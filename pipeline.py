@@ -6,24 +6,20 @@
     image = pipe(class_labels=[7], num_inference_steps=1, generator=torch.manual_seed(0)).images[0]
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
-from huggingface_hub import hf_hub_download
 from PIL import Image
 from torch import Generator, Tensor
 
-from models import DiT
+from models import DiT, SiT, build_network, from_pretrained
 from utils.checkpoints import load_network
 from utils.data import to_pixels
 from utils.guidance import guided_velocity
 from utils.sampling import sample_average_velocity, sample_velocity
-
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 class PipelineOutput(NamedTuple):
@@ -41,7 +37,7 @@ class SplitMeanFlowPipeline:
             there is kept and saved with the network.
     """
 
-    def __init__(self, network: DiT, information: dict[str, Any]):
+    def __init__(self, network: DiT | SiT, information: dict[str, Any]):
         self.network, self.information = network.eval().requires_grad_(False), information
 
     @classmethod
@@ -57,15 +53,13 @@ class SplitMeanFlowPipeline:
             OSError: a Hub id that cannot be downloaded.
         """
         path = Path(source)
-        if path.exists() and not (path / WEIGHTS).is_file():
-            network, metadata = load_network(path, DiT)
+        if path.exists() and not (path / "model.safetensors").is_file():
+            network, metadata = load_network(path, build_network)
             return cls(network, {key: value for key, value in metadata.items() if key != "architecture"})
         if not path.exists() and (len(path.parts) != 2 or path.suffix == ".safetensors"):
             raise FileNotFoundError(f"no model at {source}; a Hub id has the form user/name")
-        config = path / CONFIG if path.is_dir() else hf_hub_download(str(source), CONFIG, **hub_arguments)
-        information = json.loads(Path(config).read_text())
-        network = DiT.from_pretrained(source, **hub_arguments)
-        return cls(network, {key: value for key, value in information.items() if key not in network.architecture})
+        network, config = from_pretrained(source, **hub_arguments)
+        return cls(network, {key: value for key, value in config.items() if key not in network.architecture})
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors and, if there is none, a short model card."""

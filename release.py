@@ -15,7 +15,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from models import DiT
+from models import build_network
 from utils.checkpoints import read_weights, resolve_weights, write_weights
 from utils.config import FREE_FIELDS, parse_config, require
 from utils.model_card import model_card
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"{target} is no model folder: not overwritten")
     run = source.parent.parent.parent if source.name == "ema.safetensors" else source.with_suffix("")   # run/checkpoints/step_X/ema...
     card = model_card(cfg.push or target.name, metadata, run, Path(cfg.evaluation) if cfg.evaluation else None)
-    network = DiT(**metadata["architecture"])
+    network = build_network(**metadata["architecture"])
     network.load_state_dict(weights)
     temporary = target.with_name(f".{target.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -17,7 +17,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from models import DiT
+from models import build_network
 from utils import distributed
 from utils.checkpoints import load_network
 from utils.config import parse_config, require
@@ -71,7 +71,7 @@ def chosen_classes(asked: Sequence[str], classes: list[str]) -> list[int]:
 def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse_config(Config, argv, __doc__)
     ranks = distributed.start(cfg.device)
-    network, metadata = load_network(cfg.checkpoint, DiT, ranks.device)
+    network, metadata = load_network(cfg.checkpoint, build_network, ranks.device)
     student = metadata["kind"] == "student"
     if student and cfg.guidance_scale != 1:
         raise ValueError(f"--guidance-scale {cfg.guidance_scale}: a student is not guided when it samples; its teacher's guidance, "

@@ -17,7 +17,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch.nn.utils import clip_grad_norm_
 
-from models import Classifier, DiT, student_from_teacher
+from models import Classifier, build_network, student_from_teacher
 from utils import distributed, recipes
 from utils.checkpoints import load_network, read_latest
 from utils.config import RunConfig, check_law, parse_config, require, to_dict
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = Run(cfg, "student", ranks)
     kept = run.folder / "teacher.safetensors"
     path = kept if kept.exists() else find_teacher(cfg.teacher, cfg.results_dir, cfg.data, images.shape[1])
-    teacher, teacher_metadata = load_network(path, DiT, device)
+    teacher, teacher_metadata = load_network(path, build_network, device)
     check_teacher(path, teacher_metadata, images, cfg.model)
     torch.manual_seed(fold(cfg.seed, "weights"))            # alike on every rank
     student = student_from_teacher(teacher)

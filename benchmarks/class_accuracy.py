@@ -19,7 +19,7 @@ import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models import DiT
+from models import build_network
 from utils import distributed
 from utils.checkpoints import load_network
 from utils.config import parse_config
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     y = even_labels(cfg.num_images, images)
     for checkpoint in cfg.checkpoints:
-        network, metadata = load_network(checkpoint, DiT, ranks.device)
+        network, metadata = load_network(checkpoint, build_network, ranks.device)
         if metadata["kind"] == "student":
             rows = [(f"{n} steps", partial(sample_average_velocity, network, num_steps=n)) for n in (1, 2, 4)]
         else:

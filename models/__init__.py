@@ -1,4 +1,6 @@
 from models.classifier import Classifier
-from models.dit import PRESETS, DiT, student_from_teacher
+from models.dit import PRESETS, DiT
+from models.networks import build_network, from_pretrained, student_from_teacher
+from models.sit import SiT
 
-__all__ = ["PRESETS", "Classifier", "DiT", "student_from_teacher"]
+__all__ = ["PRESETS", "Classifier", "DiT", "SiT", "build_network", "from_pretrained", "student_from_teacher"]

@@ -220,21 +220,3 @@ class DiT(nn.Module, HubModel):
     def velocity(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Instantaneous velocity v(z, t, y), which is u(z, t, t, y) by definition. Shapes as in `forward`."""
         return self(z, t, t, y)
-
-
-def student_from_teacher(teacher: DiT) -> DiT:
-    """A student that starts as its teacher: u(z, r, t, y) == v(z, t, y) for every r.
-
-    Raises:
-        ValueError: the teacher has an interval input, that is, it is a student already.
-        RuntimeError: any weight but the interval embedding's is missing or unexpected.
-    """
-    if teacher.interval_embed is not None:
-        raise ValueError("the teacher has an interval embedding: it is a student's network, and cannot teach velocities")
-    student = DiT(**{**teacher.architecture, "interval": True}).to(teacher.position.device)
-    result = student.load_state_dict(teacher.state_dict(), strict=False)
-    allowed = {name for name in student.state_dict() if name.startswith("interval_embed.")}
-    if set(result.missing_keys) != allowed or result.unexpected_keys:
-        raise RuntimeError(f"the teacher's weights do not fit: missing {result.missing_keys}, unexpected {result.unexpected_keys}; "
-                           f"only {sorted(allowed)} may be missing")
-    return student

@@ -29,6 +29,8 @@ def imports(path: Path) -> set[str]:
 @pytest.mark.parametrize(("file", "allowed"), [
     ("models/embeddings.py", set()),
     ("models/dit.py", {"models.embeddings", "models.hub"}),
+    ("models/sit.py", {"models.dit", "models.embeddings", "models.hub"}),
+    ("models/foreign.py", {"models.sit"}),
     ("utils/flow.py", set()),
     ("utils/times.py", set()),
     ("utils/guidance.py", {"utils.flow"}),

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import release
-from models import DiT
+from models import DiT, SiT
 from pipeline import SplitMeanFlowPipeline
-from utils.checkpoints import load_network
+from utils.checkpoints import load_network, write_weights
 from utils.guidance import guided_velocity
 from utils.sampling import sample_average_velocity, sample_velocity
 
@@ -58,6 +58,21 @@ def test_what_a_network_saves_by_itself(tmp_path):
     (tmp_path / "net/config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
         DiT.from_pretrained(tmp_path / "net")
+
+
+def test_an_imported_teacher_as_a_folder(tmp_path):
+    network = SiT("SiT-2x32x4/4", 8, 1, 3, time_direction="noise-at-one", time_scale=1000.0)
+    for weight in network.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    config = dict(data=None, imported_from="theirs.pt", sha256="abc")
+    write_weights(tmp_path / "teacher.safetensors", {name: weight.bfloat16() for name, weight in network.state_dict().items()},
+                  dict(kind="teacher", architecture=network.architecture, classes=["a", "b", "c"], config=config, step=0))
+    release.main([str(tmp_path / "teacher.safetensors"), str(tmp_path / "folder")])
+    from_file, from_folder = (SplitMeanFlowPipeline.from_pretrained(tmp_path / name) for name in ("teacher.safetensors", "folder"))
+    assert type(from_folder.network) is SiT and from_folder.network.architecture == network.architecture
+    images = [pipe(["b"], 2, torch.manual_seed(0), 2.0, output_type="pt").images for pipe in (from_file, from_folder)]
+    assert torch.equal(*images) and images[0].std() > 0.1
+    assert "imported from `theirs.pt`" in (tmp_path / "folder/README.md").read_text()
 
 
 def test_pipeline_of_a_student(results, folder):

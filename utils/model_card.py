@@ -22,6 +22,8 @@ def read_json(path: Path) -> Any:
 
 def training_lines(run: Path, config: dict[str, Any], step: int) -> list[str]:
     """How the weights came about: command, device, time and versions of a run folder, as far as it has them."""
+    if "imported_from" in config:
+        return [f"Trained elsewhere; imported from `{config['imported_from']}` (sha256 {config['sha256']})."]
     lines = [f"{step} updates of {config['global_batch_size']} images of `{config['data']}`, seed {config['seed']}."]
     for start in read_json(run / "environment.json") or []:
         command = shlex.join(["python", Path(start["command"][0]).name, *start["command"][1:]])

@@ -1,0 +1,105 @@
+"""Make a teacher of another project's flow-matching transformer: weights in the layout of DiT's or SiT's state dict.
+
+    python import_teacher.py SiT-XL-2-256.pt sit.safetensors --time-direction data-at-one           SiT
+    python import_teacher.py repa.pt repa.safetensors --time-direction noise-at-one --ignore projectors         REPA
+    python import_teacher.py mine.safetensors mine-teacher.safetensors --time-direction noise-at-one --time-scale 1000 --num-heads 6
+
+Then python train_student.py --teacher sit.safetensors --data ... Sizes, classes and learn_sigma are read from the weights. What
+they cannot show is the direction of time, and a wrong one gives noise: look at python sample.py sit.safetensors first.
+The weights must predict a velocity along the straight path from data to noise; a noise-predicting DiT is no teacher here.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from models.foreign import choose_preset, read_shapes, translate, unwrap
+from utils.checkpoints import write_weights
+from utils.config import parse_config, require
+from utils.foreign import read_state
+
+
+@dataclass(frozen=True)
+class Config:
+    source: Annotated[str, tyro.conf.Positional]            # .safetensors, .pt or .pth: a state dict, or one in ema, model or state_dict
+    target: Annotated[str, tyro.conf.Positional]            # the file to write, .safetensors
+    time_direction: Literal["data-at-one", "noise-at-one"]  # where their time is 1: the data (SiT) or the noise (REPA, SD3)
+    time_scale: float = 1.0                     # their time is multiplied by this before its sinusoid: 1 (SiT, REPA) or 1000 (SD3)
+    preset: str | None = None                   # SiT-S, B, L, XL or depth x width x heads as in SiT-6x256x4, and /patch; None: as found
+    num_heads: int | None = None                # of attention; None: those of the preset or known size
+    image_size: int | None = None               # side of the images or latents; None: as found, and if given it must be that
+    num_classes: int | None = None              # without the null class, likewise
+    class_names: str | None = None              # text file, a class's name a line in the order of the labels; None: 0, 1, 2, ...
+    data: str | None = None                     # the data set it was trained on, as train_student.py's --data; for evaluate.py
+    ignore: tuple[str, ...] = ()                # beginnings of names to leave out: parts that served training alone
+    precision: Literal["float32", "bfloat16"] = "float32"   # of the file
+    replace: bool = False                       # overwrite a file that is there
+
+    def __post_init__(self) -> None:
+        require(self, "time_scale", 0 < self.time_scale < math.inf, "above 0")
+        require(self, "num_heads", self.num_heads is None or self.num_heads >= 1, "at least 1, or None")
+        require(self, "target", self.target.endswith(".safetensors"), "a file name that ends in .safetensors")
+
+
+def read_classes(file: str | None, num_classes: int) -> list[str]:
+    """One name a class, in the order of the labels.
+
+    Raises:
+        ValueError: no such file, another number of names, or a name twice.
+    """
+    if file is None:
+        return [str(i) for i in range(num_classes)]
+    if not Path(file).is_file():
+        raise ValueError(f"--class-names {file}: no such file")
+    names = Path(file).read_text(encoding="utf-8").splitlines()
+    if len(names) != num_classes or len(set(names)) != len(names) or not all(name.strip() for name in names):
+        raise ValueError(f"--class-names {file} has {len(names)} lines, {len(set(names))} of them different; the weights have "
+                         f"{num_classes} classes, and each needs a name of its own")
+    return names
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    cfg = parse_config(Config, argv, __doc__)
+    target = Path(cfg.target)
+    if target.exists() and not cfg.replace:
+        raise ValueError(f"{target} exists; use --replace True to overwrite it")
+    if target.exists() and target.samefile(cfg.source):
+        raise ValueError(f"{target} is the source itself; name another file to write")
+    found, entry = read_state(cfg.source)
+    state = unwrap(found, cfg.ignore)
+    shapes = read_shapes(state)
+    for field in ("image_size", "num_classes"):
+        require(cfg, field, getattr(cfg, field) in (None, getattr(shapes, field)), f"{getattr(shapes, field)}, as in the weights")
+    preset = choose_preset(shapes, cfg.preset, cfg.num_heads)
+    classes = read_classes(cfg.class_names, shapes.num_classes)
+    architecture = dict(network="SiT", preset=preset, image_size=shapes.image_size, num_channels=shapes.num_channels,
+                        num_classes=shapes.num_classes, interval=False, time_direction=cfg.time_direction, time_scale=cfg.time_scale)
+    weights = translate(state, shapes, architecture)
+    bad = [name for name, tensor in weights.items() if not tensor.is_floating_point() or not tensor.isfinite().all()]
+    if bad:
+        raise ValueError(f"{cfg.source}: {bad[0]} holds values that are no finite numbers")
+
+    with open(cfg.source, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    origin = dict(imported_from=Path(cfg.source).name, sha256=digest, entry=entry, ignored=list(cfg.ignore),
+                  learn_sigma=shapes.learn_sigma)
+    metadata = dict(kind="teacher", architecture=architecture, classes=classes, config=dict(data=cfg.data, **origin), step=0,
+                    weights="ema")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_weights(target, {name: tensor.to(getattr(torch, cfg.precision)) for name, tensor in weights.items()}, metadata)
+    left_out = f", {len(found) - len(state)} left out by --ignore" if cfg.ignore else ""
+    print(f"{cfg.source}: {len(state)} tensors ({entry}){left_out}; depth {shapes.depth}, width {shapes.width}, "
+          f"patch size {shapes.patch_size}, images {shapes.num_channels} x {shapes.image_size} x {shapes.image_size}, "
+          f"{shapes.num_classes} classes, learn_sigma {shapes.learn_sigma}")
+    print(f"{target}: teacher {preset}, time {cfg.time_direction} x {cfg.time_scale:g}, {cfg.precision}, "
+          f"{target.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

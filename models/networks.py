@@ -1,0 +1,57 @@
+"""Networks by name: what a checkpoint's architecture stands for, and from a teacher to its student."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+
+from models.dit import DiT
+from models.sit import SiT
+
+NETWORKS = {"DiT": DiT, "SiT": SiT}
+
+
+def build_network(network: str = "DiT", **architecture) -> DiT | SiT:
+    """The network of an architecture, as a checkpoint's metadata holds it.
+
+    Args:
+        network: its class; a checkpoint that names none is a DiT's.
+        architecture: the arguments of that class.
+
+    Raises:
+        ValueError: an unknown class; and what the class raises.
+    """
+    if network not in NETWORKS:
+        raise ValueError(f"unknown network {network!r}; known are {', '.join(NETWORKS)}")
+    return NETWORKS[network](**architecture)
+
+
+def from_pretrained(source: str | Path, **hub_arguments) -> tuple[DiT | SiT, dict[str, Any]]:
+    """The network of a model folder or Hub id, of whichever class its config.json names, and that config.
+
+    Raises:
+        OSError: an id that cannot be downloaded; and what `HubModel.from_pretrained` raises.
+    """
+    folder = Path(source)
+    file = folder / "config.json" if folder.is_dir() else hf_hub_download(str(source), "config.json", **hub_arguments)
+    config = json.loads(Path(file).read_text())
+    return NETWORKS[config.get("network", "DiT")].from_pretrained(source, **hub_arguments), config
+
+
+def student_from_teacher(teacher: DiT | SiT) -> DiT | SiT:
+    """A student of its teacher's class that starts as its teacher: u(z, r, t, y) == v(z, t, y) for every r.
+
+    Raises:
+        ValueError: the teacher has an interval input, that is, it is a student already.
+        RuntimeError: any weight but the interval embedding's is missing or unexpected.
+    """
+    if teacher.interval_embed is not None:
+        raise ValueError("the teacher has an interval embedding: it is a student's network, and cannot teach velocities")
+    student = build_network(**{**teacher.architecture, "interval": True}).to(teacher.position.device)
+    result = student.load_state_dict(teacher.state_dict(), strict=False)
+    allowed = {name for name in student.state_dict() if name.startswith("interval_embed.")}
+    if set(result.missing_keys) != allowed or result.unexpected_keys:
+        raise RuntimeError(f"the teacher's weights do not fit: missing {result.missing_keys}, unexpected {result.unexpected_keys}; "
+                           f"only {sorted(allowed)} may be missing")
+    return student

@@ -1,0 +1,242 @@
+"""The network of other projects' flow-matching teachers: the plain transformer of DiT (Peebles & Xie, arXiv 2212.09748) and
+SiT (Ma et al., arXiv 2401.08740), whose weights `models.foreign` brings into our names.
+
+It differs from `models.dit`: LayerNorm, biases everywhere, a fixed sin-cos position table and no rotation, a full matrix for
+each adaLN. Written from the papers and from the shapes and order of published weights.
+
+Such networks count time in their own way. Everything outside this file sees ours (t = 0 is data, dz/dt points to the noise);
+only `SiT.forward` translates, by two facts that are part of the architecture:
+
+    time_direction   "data-at-one"     their time is 1 - t, their velocity is data - noise: ours negated   (SiT)
+                     "noise-at-one"    their time is t, their velocity is noise - data: ours               (REPA, Stable Diffusion 3)
+    time_scale       their time is multiplied by this before its sinusoid: 1 (SiT, REPA) or 1000 (Stable Diffusion 3)
+"""
+
+import math
+import re
+
+import torch
+from timm.layers import PatchEmbed
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.dit import Preset, modulate
+from models.embeddings import TimeEmbedding
+from models.hub import HubModel
+
+SIZES = {
+    "S": Preset(depth=12, width=384, num_heads=6),
+    "B": Preset(depth=12, width=768, num_heads=12),
+    "L": Preset(depth=24, width=1024, num_heads=16),
+    "XL": Preset(depth=28, width=1152, num_heads=16),
+}
+TIME_DIRECTIONS = ("data-at-one", "noise-at-one")
+MAX_PERIOD = 10_000
+
+
+def parse_preset(preset: str) -> tuple[Preset, int]:
+    """Size and patch size of a name: "SiT-XL/2", or depth x width x heads as in "SiT-6x256x4/2".
+
+    Raises:
+        ValueError: no such name, or a width that the heads or the position table cannot share out.
+    """
+    match = re.fullmatch(r"SiT-(?:([A-Z]+)|([1-9]\d*)x([1-9]\d*)x([1-9]\d*))/([1-9]\d*)", preset)
+    if match is None or (match[1] and match[1] not in SIZES):
+        raise ValueError(f"unknown model {preset!r}; known are SiT-{', '.join(SIZES)} or depth x width x heads as in SiT-6x256x4, "
+                         "followed by / and the patch size")
+    size = SIZES[match[1]] if match[1] else Preset(*(int(match[i]) for i in (2, 3, 4)))
+    if size.width % size.num_heads or size.width % 4:
+        raise ValueError(f"model {preset!r}: the width must be divisible by 4 and by the number of heads")
+    return size, int(match[5])
+
+
+def preset_name(depth: int, width: int, num_heads: int, patch_size: int) -> str:
+    """The name that `parse_preset` reads."""
+    size = Preset(depth, width, num_heads)
+    known = next((name for name, other in SIZES.items() if other == size), f"{depth}x{width}x{num_heads}")
+    return f"SiT-{known}/{patch_size}"
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    """LayerNorm over the last dimension, without gain: adaLN supplies it. Autocast computes it in float32; same dtype out."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6).to(x.dtype)
+
+
+def position_table(grid_size: int, width: int) -> Tensor:
+    """The fixed table of these networks, (1, grid_size ** 2, width): sines, then cosines, of the column in the first half of
+    the channels and of the row in the second, with periods from 2 pi to 2 pi x 10000 patches."""
+    frequency = MAX_PERIOD ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angle = torch.arange(grid_size, dtype=torch.float64)[:, None] * frequency               # (G, D/4)
+    features = torch.cat([angle.sin(), angle.cos()], dim=1)                                 # (G, D/2)
+    columns = features[None].expand(grid_size, -1, -1)
+    rows = features[:, None].expand(-1, grid_size, -1)
+    return torch.cat([columns, rows], dim=2).flatten(0, 1)[None].float()
+
+
+class ForeignTimeEmbedding(nn.Module):
+    """Sinusoid of their time, with periods from 2 pi to 2 pi x 10000, followed by a two-layer MLP."""
+
+    def __init__(self, width: int, num_features: int = 256):
+        super().__init__()
+        self.num_features = num_features
+        self.hidden = nn.Linear(num_features, width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, time: Tensor) -> Tensor:
+        """time: (B,), in their direction and scale. Returns (B, width)."""
+        half = self.num_features // 2
+        index = torch.arange(half, device=time.device, dtype=torch.float32)
+        frequency = torch.exp(index * -math.log(MAX_PERIOD) / half)
+        angle = time.float()[:, None] * frequency                                           # (B, F/2), float32
+        features = torch.cat([angle.cos(), angle.sin()], dim=1).to(self.hidden.weight.dtype)
+        return self.out(F.silu(self.hidden(features)))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all patches."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, T, D). Returns (B, T, D)."""
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, ratio: int = 4):
+        super().__init__()
+        self.hidden = nn.Linear(width, ratio * width)
+        self.out = nn.Linear(ratio * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.gelu(self.hidden(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each with adaLN-Zero from the condition's full matrix."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.attention = Attention(width, num_heads)
+        self.mlp = MLP(width)
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """x: (B, T, D); c: condition (B, D). Returns (B, T, D)."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(c).chunk(6, dim=1)
+        x = x + gate_a[:, None] * self.attention(modulate(layer_norm(x), shift_a, scale_a))
+        return x + gate_m[:, None] * self.mlp(modulate(layer_norm(x), shift_m, scale_m))
+
+
+class Final(nn.Module):
+    """Last adaLN, and from each patch's channels to its pixels."""
+
+    def __init__(self, width: int, num_outputs: int):
+        super().__init__()
+        self.modulation = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, num_outputs)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """x: (B, T, D); c: condition (B, D). Returns (B, T, num_outputs)."""
+        return self.out(modulate(layer_norm(x), *self.modulation(c).chunk(2, dim=1)))
+
+
+class SiT(nn.Module, HubModel):
+    """Average velocity u(z, r, t, y) of a student, or velocity v(z, t, y) of a teacher, in our convention; see `models.dit.DiT`.
+
+    Args:
+        preset: name such as "SiT-XL/2", or "SiT-6x256x4/2" (depth x width x heads) for other sizes. Then the patch size.
+        image_size: side of the square images or latents, divisible by the patch size.
+        num_channels: their channels.
+        num_classes: number of classes; 0 for an unconditional network. Label `num_classes` (`null_class`) means "no class".
+        interval: a student's network, which sees the interval t - r. A teacher's (False) has no such input and is only
+            ever called at r = t.
+        time_direction, time_scale: how the weights count time; see the top of this file.
+
+    Raises:
+        ValueError: an unknown preset or direction, a size that the patch does not divide, or a count or scale out of range.
+    """
+
+    def __init__(self, preset: str, image_size: int, num_channels: int, num_classes: int, interval: bool = False,
+                 time_direction: str = "data-at-one", time_scale: float = 1.0):
+        super().__init__()
+        size, patch_size = parse_preset(preset)
+        if image_size <= 0 or image_size % patch_size:
+            raise ValueError(f"image size {image_size} is not divisible by the patch size {patch_size} of {preset}")
+        if num_channels < 1 or num_classes < 0:
+            raise ValueError(f"num_channels must be at least 1 and num_classes at least 0, not {num_channels} and {num_classes}")
+        if time_direction not in TIME_DIRECTIONS:
+            raise ValueError(f"unknown time direction {time_direction!r}; known are {', '.join(TIME_DIRECTIONS)}")
+        if not 0 < time_scale < math.inf:
+            raise ValueError(f"the time scale must be above 0, not {time_scale}")
+        self.architecture = dict(network="SiT", preset=preset, image_size=image_size, num_channels=num_channels,
+                                 num_classes=num_classes, interval=interval, time_direction=time_direction, time_scale=time_scale)
+        self.patch_size, self.grid_size = patch_size, image_size // patch_size
+        self.null_class = num_classes
+        self.data_at_one, self.time_scale = time_direction == "data-at-one", time_scale
+
+        self.patch_embed = PatchEmbed(image_size, patch_size, num_channels, size.width)
+        self.register_buffer("position", position_table(self.grid_size, size.width))        # saved with the weights, never trained
+        self.time_embed = ForeignTimeEmbedding(size.width)
+        self.interval_embed = TimeEmbedding(size.width) if interval else None
+        self.label_embed = nn.Embedding(num_classes + 1, size.width)
+        self.blocks = nn.ModuleList(Block(size.width, size.num_heads) for _ in range(size.depth))
+        self.final = Final(size.width, patch_size**2 * num_channels)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """All initial weights, in one place; they matter for the interval alone, the rest is loaded."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
+        nn.init.zeros_(self.patch_embed.proj.bias)
+        nn.init.normal_(self.label_embed.weight, std=0.02)
+        for layer in (*(block.modulation for block in self.blocks), self.final.modulation, self.final.out):
+            nn.init.zeros_(layer.weight)
+        # The interval starts unseen, so that a student made from a teacher is the teacher: u(z, r, t, y) = v(z, t, y).
+        if self.interval_embed is not None:
+            nn.init.zeros_(self.interval_embed.out.weight)
+
+    def forward(self, z: Tensor, r: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Average velocity over [r, t] of the trajectory that is at z at time t; z_r = z - (t - r) u.
+
+        Arguments and result as in `models.dit.DiT.forward`: our times and our velocity, whatever the weights were trained with.
+        """
+        time = 1 - t if self.data_at_one else t
+        theirs = self.foreign_velocity(z, self.time_scale * time, t - r, y)
+        return -theirs if self.data_at_one else theirs
+
+    def foreign_velocity(self, z: Tensor, time: Tensor, interval: Tensor, y: Tensor) -> Tensor:
+        """What the weights themselves compute: `time` (B,) and the result (B, C, H, W) are theirs, `interval` t - r (B,) is ours."""
+        x = self.patch_embed(z).contiguous()                # channels last: the whole residual stream inherits this layout
+        x = x + self.position.to(x.dtype)                                           # (B, T, D)
+        c = self.time_embed(time) + self.label_embed(y)
+        if self.interval_embed is not None:
+            c = c + self.interval_embed(interval)
+        c = F.silu(c)                                                               # (B, D)
+        for block in self.blocks:
+            x = block(x, c)
+        x = self.final(x, c)                                                        # (B, T, p * p * C)
+        x = x.unflatten(2, (self.patch_size, self.patch_size, -1)).unflatten(1, (self.grid_size, self.grid_size))
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3).float()      # (B, G, G, p, p, C) to (B, C, H, W)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """Nearly all of the work, in pieces that are compiled, and split among processes, one by one."""
+        return [*self.blocks, self.final]
+
+    def compile_blocks(self) -> None:
+        """torch.compile the layers. The blocks share one graph, so they compile as fast as one."""
+        for layer in self.layers:
+            layer.compile(dynamic=False)
+
+    def velocity(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Instantaneous velocity v(z, t, y), which is u(z, t, t, y) by definition. Shapes as in `forward`."""
+        return self(z, t, t, y)
