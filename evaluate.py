@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from models import Classifier, DiT, SiT, build_network
 from utils import distributed, metrics, report
+from utils.autoencoder import load_autoencoder
 from utils.checkpoints import load_network, resolve_weights
 from utils.config import parse_config, require, to_dict
 from utils.data import load_held_out, load_images, to_range
@@ -44,6 +45,7 @@ from utils.evaluation import (
 )
 from utils.flow import interpolate
 from utils.guidance import guided_velocity
+from utils.latents import originals
 from utils.pictures import save_grid
 from utils.sampling import sample_average_velocity, sample_velocity
 from utils.seeding import generator
@@ -54,7 +56,7 @@ INCEPTION_FILE, INCEPTION_SHA256 = "pt_inception-2015-12-05-6726825d.pth", "6726
 @dataclass(frozen=True)
 class Config:
     checkpoint: Annotated[str, tyro.conf.Positional]        # safetensors file, checkpoint folder, or run folder (its newest)
-    data: str | None = None                     # the training images; None: what the checkpoint was trained on
+    data: str | None = None                     # the training images; None: what the checkpoint was trained on, or its latents made from
     held_out: str | None = None                 # path of held-out images of your own; None: the test split, or every tenth image
     data_root: str = "data"                     # where mnist and cifar10 are, or are downloaded to
     features: Literal["classifier", "inception"] = "classifier"     # feature space
@@ -68,6 +70,7 @@ class Config:
     batch_size: int = 500                       # images at a time
     device: str = "auto"                        # auto, cuda, cpu
     num_workers: int = 4                        # threads that decode image files
+    autoencoder: str | None = None              # of a network of latents: hub id or folder; None: where it was in training
     out: str | None = None                      # folder to write to; None: results/evaluation-<checkpoint>
     cache: str = "results/features"             # folder that keeps the training split's features
 
@@ -138,10 +141,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = cfg.data or metadata["config"]["data"]
     if data is None:
         raise ValueError(f"{cfg.checkpoint} does not say what it was trained on; name the images with --data")
-    images = load_images(data, cfg.data_root, architecture["image_size"], cfg.num_workers)
-    if (images.shape, images.classes) != ((architecture["num_channels"], *[architecture["image_size"]] * 2), metadata["classes"]):
+    shape = (architecture["num_channels"], architecture["image_size"], architecture["image_size"])      # of the network's noise
+    autoencoder = load_autoencoder(metadata.get("autoencoder"), cfg.autoencoder, ranks.device)
+    image_shape = autoencoder.image_shape(shape)
+    images = load_images(originals(data), cfg.data_root, image_shape[-1], cfg.num_workers)
+    if (images.shape, images.classes) != (image_shape, metadata["classes"]):
         raise ValueError(f"--data {images.name} has shape {images.shape} and classes {images.classes}; {cfg.checkpoint} was trained on "
-                         f"{architecture['num_channels']} channels and classes {metadata['classes']}")
+                         f"{image_shape[0]} channels and classes {metadata['classes']}")
     images, held_out = load_held_out(images, cfg.held_out, cfg.data_root, cfg.num_workers)
     judge = (inception_judge(cfg.inception_weights, ranks) if cfg.features == "inception"
              else classifier_judge(cfg.classifier, Classifier, images, ranks))
@@ -175,11 +181,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         v = guided_velocity(teacher.velocity, teacher.null_class, metadata["config"]["guidance_scale"],
                             tuple(metadata["config"]["guidance_interval"]))
         ideal = partial(sample_velocity, v, num_steps=16, method="heun")
-        from_teacher = TeacherDistance(ideal, even_labels(32, images), images.shape, ranks)
+        from_teacher = TeacherDistance(ideal, even_labels(32, images), shape, ranks)
     for name, evaluations, sample in rows_of(network, student, cfg):
         seeds = []
         for seed in tqdm(range(cfg.seeds), name, disable=None):
-            pixels = draw(sample, y, images.shape, seed, ranks, cfg.batch_size)
+            pixels = draw(sample, y, shape, seed, ranks, cfg.batch_size, autoencoder.decode)
             metrics.check_pixels(pixels, least, "samples")
             seen = judge(pixels)
             numbers = compare(judge, seen, y, reference)
@@ -199,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(report.line(rows[-1], floor), flush=True)
 
     if student:
-        x = to_range(real[:32].to(ranks.device))
+        x = autoencoder.encode(to_range(real[:32].to(ranks.device)))
         eps = torch.randn(x.shape, generator=generator(ranks.device, 0, "map"), device=ranks.device)
         with ranks.autocast():
             residual = residual_map(network, lambda t: interpolate(x, eps, t), real_labels[:32].to(ranks.device))

@@ -93,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.stem}.writing{target.suffix}")
     information = dict(form=cfg.form, num_steps=None if is_step else cfg.num_steps, classes=metadata["classes"], shape=shape,
-                       guidance_scale=metadata["config"].get("guidance_scale"), step=metadata["step"])
+                       guidance_scale=metadata["config"].get("guidance_scale"),
+                       autoencoder=metadata.get("autoencoder"), step=metadata["step"])
     try:
         if onnx:
             # A sampler's graph is one step repeated by a loop: unrolled, four steps take minutes to translate.
@@ -123,6 +124,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+    if metadata.get("autoencoder"):
+        print(f"note: it makes latents; {metadata['autoencoder']['source']} decodes them")
     print(f"{target}: {cfg.form}, {target.stat().st_size / 1e6:.1f} MB; largest difference from PyTorch {worst:.1e}")
 
 

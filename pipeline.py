@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from models import DiT, SiT, build_network, from_pretrained
+from utils.autoencoder import load_autoencoder
 from utils.checkpoints import load_network
 from utils.data import to_pixels
 from utils.guidance import guided_velocity
@@ -35,17 +36,20 @@ class SplitMeanFlowPipeline:
         network: a student's or teacher's.
         information: "kind" ("student" or "teacher") and "classes" (their names, none if unconditional); whatever else is
             there is kept and saved with the network.
+        autoencoder: of a network of latents: hub id or folder; None for where it was in training.
     """
 
-    def __init__(self, network: DiT | SiT, information: dict[str, Any]):
+    def __init__(self, network: DiT | SiT, information: dict[str, Any], autoencoder: str | None = None):
         self.network, self.information = network.eval().requires_grad_(False), information
+        self.autoencoder = load_autoencoder(information.get("autoencoder"), autoencoder, self.device)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, **hub_arguments) -> Self:
+    def from_pretrained(cls, source: str | Path, autoencoder: str | None = None, **hub_arguments) -> Self:
         """Load a model folder, a Hub id, or anything else that sample.py takes (a safetensors file, a run folder).
 
         Args:
             source: see above.
+            autoencoder: as above.
             hub_arguments: revision, token, cache_dir, local_files_only, force_download.
 
         Raises:
@@ -55,18 +59,20 @@ class SplitMeanFlowPipeline:
         path = Path(source)
         if path.exists() and not (path / "model.safetensors").is_file():
             network, metadata = load_network(path, build_network)
-            return cls(network, {key: value for key, value in metadata.items() if key != "architecture"})
+            return cls(network, {key: value for key, value in metadata.items() if key != "architecture"}, autoencoder)
         if not path.exists() and (len(path.parts) != 2 or path.suffix == ".safetensors"):
             raise FileNotFoundError(f"no model at {source}; a Hub id has the form user/name")
         network, config = from_pretrained(source, **hub_arguments)
-        return cls(network, {key: value for key, value in config.items() if key not in network.architecture})
+        return cls(network, {key: value for key, value in config.items() if key not in network.architecture}, autoencoder)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors and, if there is none, a short model card."""
         self.network.save_pretrained(folder, config={**self.network.architecture, **self.information})
 
     def to(self, device: torch.device | str) -> Self:
+        """Move network and autoencoder."""
         self.network.to(device)
+        self.autoencoder.to(device)
         return self
 
     @property
@@ -137,6 +143,7 @@ class SplitMeanFlowPipeline:
             else:
                 v = guided_velocity(self.network.velocity, self.network.null_class, 1.0 if guidance_scale is None else guidance_scale)
                 x = sample_velocity(v, z, y, num_inference_steps)
+        x = self.autoencoder.decode(x)
         if output_type == "pt":
             return PipelineOutput(x.clamp(-1, 1))
         pixels = to_pixels(x).permute(0, 2, 3, 1).cpu().numpy()                     # (B, H, W, C)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from models import build_network
 from utils import distributed
+from utils.autoencoder import load_autoencoder
 from utils.checkpoints import load_network
 from utils.config import parse_config, require
 from utils.data import to_pixels
@@ -43,6 +44,7 @@ class Config:
     batch_size: int = 500                       # images at a time
     compile: bool = False                       # torch.compile the network (on CUDA only): pays from some 20,000 images on
     device: str = "auto"                        # auto, cuda, cpu
+    autoencoder: str | None = None              # of a network of latents: hub id or folder; None: where it was in training
 
     def __post_init__(self) -> None:
         for field in ("num_images", "batch_size"):
@@ -84,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     y = chosen[torch.arange(cfg.num_images) * len(chosen) // cfg.num_images]
     architecture = metadata["architecture"]
     shape = (architecture["num_channels"], architecture["image_size"], architecture["image_size"])
+    decode = load_autoencoder(metadata.get("autoencoder"), cfg.autoencoder, ranks.device).decode
     v = guided_velocity(network.velocity, network.null_class, cfg.guidance_scale)
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -104,14 +107,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                 else:
                     states = sample_velocity(v, z, labels.to(ranks.device), num_steps, cfg.method, trajectory=first is None)
             if first is None:
-                first, states = states, states[-1]
-            pixels.append(to_pixels(states).cpu())
+                first, states = states[:, : min(100, cfg.num_images)], states[-1]
+            pixels.append(to_pixels(decode(states)).cpu())
         pixels, seconds = torch.cat(pixels)[: cfg.num_images], time.monotonic() - start
         name = f"{num_steps}step"
         if "grid" in cfg.formats:
-            save_grid(out / f"{name}.png", first[-1][: min(100, cfg.num_images)])
+            save_grid(out / f"{name}.png", decode(first[-1]))
         if "gif" in cfg.formats:
-            save_gif(out / f"{name}.gif", first[:, : min(100, cfg.num_images)])
+            save_gif(out / f"{name}.gif", decode(first))
         if "npz" in cfg.formats:
             np.savez(out / f"{name}.npz", arr_0=pixels.permute(0, 2, 3, 1).numpy(), labels=y[: cfg.num_images].numpy())
         if "png" in cfg.formats:

@@ -19,9 +19,10 @@ from torch.nn.utils import clip_grad_norm_
 
 from models import Classifier, build_network, student_from_teacher
 from utils import distributed, recipes
+from utils.autoencoder import load_autoencoder
 from utils.checkpoints import load_network, read_latest
 from utils.config import RunConfig, check_law, parse_config, require, to_dict
-from utils.data import Batches, check_guidance, load_images
+from utils.data import Batches, check_guidance, load_data
 from utils.evaluation import QuickEvaluation
 from utils.flow import interpolate
 from utils.guidance import guided_velocity
@@ -96,13 +97,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                          f"{ranks.world_size} processes")
 
     # Data, teacher and student.
-    images = load_images(cfg.data, cfg.data_root, cfg.image_size, cfg.num_workers)
+    images = load_data(cfg.data, cfg.data_root, cfg.image_size, cfg.num_workers)
     check_guidance(images, (cfg.guidance_scale,))
+    decode = load_autoencoder(images.autoencoder, cfg.autoencoder, device).decode        # from latents to images; pixels stay
     batches = Batches(images, cfg.global_batch_size, cfg.seed, ranks)
     evaluate = cfg.eval_every and QuickEvaluation(cfg.classifier, Classifier, images, ranks, cfg.results_dir)
     run = Run(cfg, "student", ranks)
     kept = run.folder / "teacher.safetensors"
-    path = kept if kept.exists() else find_teacher(cfg.teacher, cfg.results_dir, cfg.data, images.shape[1])
+    path = kept if kept.exists() else find_teacher(cfg.teacher, cfg.results_dir, cfg.data, images.image_size)
     teacher, teacher_metadata = load_network(path, build_network, device)
     check_teacher(path, teacher_metadata, images, cfg.model)
     torch.manual_seed(fold(cfg.seed, "weights"))            # alike on every rank
@@ -122,7 +124,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             load_weights(network, weights[name])
         optimizer.load_state_dict(training["optimizer"])
         done, seconds = training["step"], training["seconds"]
-    metadata = dict(kind="student", architecture=student.architecture, classes=images.classes, config=to_dict(cfg))
+    metadata = dict(kind="student", architecture=student.architecture, classes=images.classes, autoencoder=images.autoencoder,
+                    config=to_dict(cfg))
     if cfg.compile and device.type == "cuda":
         for network in (teacher, student, *([target_ema.module] if target_ema else [])):
             network.compile_blocks()
@@ -172,9 +175,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 with run.paused(), ranks.autocast():
                     for num_steps in cfg.num_steps:
                         trajectory = sample_average_velocity(ema.module, sample_z, sample_y, num_steps, trajectory=True)
-                        run.images(step, f"{num_steps}step", trajectory[-1])
+                        run.images(step, f"{num_steps}step", decode(trajectory[-1]))
                         if num_steps == max(cfg.num_steps):
-                            run.gif(step, f"trajectory_{num_steps}step", trajectory)
+                            run.gif(step, f"trajectory_{num_steps}step", decode(trajectory))
             if evaluate and (last or step % cfg.eval_every == 0):
                 with run.paused():
                     rows = {f"{n}step": partial(sample_average_velocity, ema.module, num_steps=n) for n in cfg.num_steps}

@@ -2,6 +2,7 @@
 
     python train_teacher.py                             CIFAR-10, one GPU
     python train_teacher.py --data photos.zip --image-size 64           a folder or zip of images, in class folders or not
+    python train_teacher.py --data latents/photos       large images, as prepare_latents.py encoded them
     torchrun --nproc-per-node=8 train_teacher.py        eight GPUs, the same global batch
 
 Everything goes to results/<name>/. The same command continues a run that was stopped.
@@ -19,9 +20,10 @@ from torch.nn.utils import clip_grad_norm_
 
 from models import PRESETS, Classifier, DiT
 from utils import distributed, recipes
+from utils.autoencoder import load_autoencoder
 from utils.checkpoints import read_latest
 from utils.config import RunConfig, check_law, parse_config, require, to_dict
-from utils.data import Batches, check_guidance, load_images
+from utils.data import Batches, check_guidance, load_data
 from utils.evaluation import QuickEvaluation
 from utils.guidance import drop_labels, guided_velocity
 from utils.interrupt import StopRequest
@@ -76,8 +78,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = ranks.device
 
     # Data and network.
-    images = load_images(cfg.data, cfg.data_root, cfg.image_size, cfg.num_workers)
+    images = load_data(cfg.data, cfg.data_root, cfg.image_size, cfg.num_workers)
     check_guidance(images, cfg.guidance_scale)
+    decode = load_autoencoder(images.autoencoder, cfg.autoencoder, device).decode        # from latents to images; pixels stay
     batches = Batches(images, cfg.global_batch_size, cfg.seed, ranks)
     evaluate = cfg.eval_every and QuickEvaluation(cfg.classifier, Classifier, images, ranks, cfg.results_dir)
     torch.manual_seed(fold(cfg.seed, "weights"))            # alike on every rank
@@ -97,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             load_weights(networks[name], weights[name])
         optimizer.load_state_dict(training["optimizer"])
         done, seconds = training["step"], training["seconds"]
-    metadata = dict(kind="teacher", architecture=network.architecture, classes=images.classes, config=to_dict(cfg))
+    metadata = dict(kind="teacher", architecture=network.architecture, classes=images.classes, autoencoder=images.autoencoder,
+                    config=to_dict(cfg))
     if cfg.compile and device.type == "cuda":
         network.compile_blocks()
 
@@ -138,9 +142,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                     for scale in cfg.guidance_scale:
                         v = guided_velocity(ema.module.velocity, network.null_class, scale)
                         trajectory = sample_velocity(v, sample_z, sample_y, cfg.sample_steps, trajectory=True)
-                        run.images(step, f"cfg{scale}", trajectory[-1])
+                        run.images(step, f"cfg{scale}", decode(trajectory[-1]))
                         if scale == sorted(cfg.guidance_scale)[len(cfg.guidance_scale) // 2]:
-                            run.gif(step, f"trajectory_cfg{scale}", trajectory)
+                            run.gif(step, f"trajectory_cfg{scale}", decode(trajectory))
             if evaluate and (last or step % cfg.eval_every == 0):
                 with run.paused():
                     guided = {w: guided_velocity(ema.module.velocity, network.null_class, w) for w in cfg.guidance_scale}

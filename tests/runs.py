@@ -1,8 +1,10 @@
-"""Tiny runs of the scripts, and how two of them are compared."""
+"""Tiny runs of the scripts, images to run them on, and how two runs are compared."""
 
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 from utils.checkpoints import read_checkpoint, step_folders
 
@@ -29,3 +31,14 @@ def assert_same(folder: Path, other: Path, names=("ema", "raw")) -> None:
     assert a.keys() == b.keys()
     different = [key for key in a if not torch.equal(a[key], b[key])]
     assert not different, f"{len(different)} tensors differ, such as {different[:3]}"
+
+
+def make_images(folder: Path, classes: list[str], per_class: int = 6) -> Path:
+    """Mixed PNG and JPEG, gray and colour, of different shapes."""
+    draw = np.random.default_rng(0)
+    for name in classes:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(per_class):
+            size = (20 + i, 24, 3) if i % 2 else (20, 20 + i)
+            Image.fromarray(draw.integers(0, 256, size, dtype=np.uint8)).save(folder / name / f"{i}.{'png' if i % 3 else 'jpg'}")
+    return folder

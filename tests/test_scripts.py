@@ -2,13 +2,12 @@
 
 import json
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import COMMON, STEPS, TEACHER, assert_same
+from runs import COMMON, STEPS, TEACHER, assert_same, make_images
 
 import sample
 import train_student
@@ -112,17 +111,6 @@ def test_sample_errors(results, tmp_path, arguments, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         sample.main([str(results / arguments[0]), *arguments[1:], "--out", str(tmp_path / "x"), "--device", "cpu"])
     assert not (tmp_path / "x").exists()
-
-
-def make_images(folder: Path, classes: list[str], per_class: int = 6) -> Path:
-    """Mixed PNG and JPEG, gray and colour, of different shapes."""
-    draw = np.random.default_rng(0)
-    for name in classes:
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        for i in range(per_class):
-            size = (20 + i, 24, 3) if i % 2 else (20, 20 + i)
-            Image.fromarray(draw.integers(0, 256, size, dtype=np.uint8)).save(folder / name / f"{i}.{'png' if i % 3 else 'jpg'}")
-    return folder
 
 
 OWN = ["--image-size", "16", "--steps", "2", "--global-batch-size", "16", "--log-every", "1", "--comet", "off", "--device", "cpu"]

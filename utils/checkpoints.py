@@ -10,6 +10,7 @@ rebuild the network. A checkpoint is written into a hidden folder, flushed, and 
 Nothing here unpickles arbitrary objects.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -31,17 +32,33 @@ class CheckpointError(ValueError):
     """A file that is no checkpoint of ours, or a torn one."""
 
 
-def write_weights(path: Path, weights: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Write one safetensors file, through a temporary one, with metadata (JSON-able) and the format's name."""
+def fingerprint(*parts: Tensor | bytes) -> str:
+    """First 8 hexadecimal digits of a hash over tensors' bytes: names frozen weights, and sets of images."""
+    digest = hashlib.blake2b(digest_size=4)
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write one safetensors file through a temporary one: it is there whole or not at all.
+
+    Raises:
+        OSError: it could not be written.
+    """
     temporary = path.with_name(f".{path.name}.writing")
-    text = {"format": FORMAT, **{key: json.dumps(value) for key, value in metadata.items()}}
     try:
-        save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, temporary, metadata=text)
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
         flush(temporary)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise OSError(f"could not write {path}: {error}") from error
+
+
+def write_weights(path: Path, weights: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
+    """`write_tensors` with metadata (JSON-able) and the format's name."""
+    write_tensors(path, weights, {"format": FORMAT, **{key: json.dumps(value) for key, value in metadata.items()}})
 
 
 def read_weights(path: Path | str, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -40,6 +40,7 @@ class RunConfig:
     eval_every: int | None = None               # updates between quick evaluations of 5,000 images; None: none
     classifier: str | None = None               # file of train_classifier.py to evaluate with; None: the released one of the data set
     num_workers: int = 4                        # threads that decode image files
+    autoencoder: str | None = None              # of latents: hub id or folder of what decodes them; None: where it was when they were made
     comet: Literal["auto", "offline", "off"] = "auto"      # auto: online if a comet.com key is configured, else offline
 
     def __post_init__(self) -> None:
@@ -54,7 +55,7 @@ class RunConfig:
 
 # A run may be continued with other values of these: they do not change what it computes.
 FREE_FIELDS = {"max_minutes", "device", "compile", "shard", "results_dir", "name", "log_every", "sample_every", "save_every", "keep",
-               "eval_every", "classifier", "num_workers", "comet", "data_root"}
+               "eval_every", "classifier", "num_workers", "comet", "data_root", "autoencoder"}
 
 ConfigT = TypeVar("ConfigT")
 

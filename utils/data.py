@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torchvision
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from utils.distributed import Ranks
 from utils.folders import load_folder
+from utils.latents import Latents, is_latents, load_latents, originals
 from utils.seeding import fold, generator
 
 NAMES = ("mnist", "cifar10", "digits")
@@ -28,6 +30,7 @@ class Images:
     labels: Tensor
     classes: list[str]
     flip: bool
+    autoencoder: ClassVar[None] = None                      # `utils.latents.Latents`, which may stand here too, has one
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -35,6 +38,24 @@ class Images:
     @property
     def shape(self) -> tuple[int, int, int]:
         return tuple(self.pixels.shape[1:])
+
+    @property
+    def image_size(self) -> int:
+        return self.pixels.shape[-1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.pixels.nbytes
+
+    def on(self, home: torch.device) -> Tensor:
+        """All values where they are to live; to be indexed by a tensor."""
+        return self.pixels.to(home)
+
+    @staticmethod
+    def x(values: Tensor, mirrored: Tensor | None) -> Tensor:
+        """What the network sees (B, C, H, H), float in [-1, 1], from uint8 values; mirrored: (B,) bool, or None for none."""
+        x = to_range(values)
+        return x if mirrored is None else torch.where(mirrored[:, None, None, None], x.flip(-1), x)
 
 
 def to_range(pixels: Tensor) -> Tensor:
@@ -88,8 +109,10 @@ def load_images(data: str, data_root: str = "data", image_size: int | None = Non
         image_size: side to resize to; None keeps a named set's own size and means 32 for a path.
 
     Raises:
-        ValueError: unknown name, no images, an unreadable image, no network.
+        ValueError: unknown name, no images, an unreadable image, no network; latents.
     """
+    if is_latents(Path(data)):
+        raise ValueError(f"--data {data} holds latents, and here images are needed; these are made from {originals(data)}")
     if data == "digits":
         pixels, labels = load_digits()
         classes = [str(digit) for digit in range(10)]
@@ -100,6 +123,13 @@ def load_images(data: str, data_root: str = "data", image_size: int | None = Non
     else:
         raise ValueError(f"--data {data}: no such data set or path; use one of {', '.join(NAMES)}, or the path of a folder or zip")
     return Images(data, resize(pixels, image_size or pixels.shape[-1]), labels, classes, flip=data not in ("mnist", "digits"))
+
+
+def load_data(data: str, data_root: str = "data", image_size: int | None = None, num_workers: int = 4) -> Images | Latents:
+    """What a training script learns from: images as `load_images` reads them, or the folder of prepare_latents.py."""
+    if is_latents(Path(data)):
+        return load_latents(Path(data), image_size)
+    return load_images(data, data_root, image_size, num_workers)
 
 
 def load_held_out(images: Images, path: str | None, data_root: str = "data", num_workers: int = 4) -> tuple[Images, Images]:
@@ -127,7 +157,7 @@ def load_held_out(images: Images, path: str | None, data_root: str = "data", num
     return tuple(replace(images, pixels=images.pixels[part], labels=images.labels[part]) for part in (rest, tenth))
 
 
-def check_guidance(images: Images, guidance_scales: tuple[float, ...]) -> None:
+def check_guidance(images: Images | Latents, guidance_scales: tuple[float, ...]) -> None:
     """Raise ValueError if guidance (a scale other than 1) is asked for where there are no classes to guide to."""
     on = [scale for scale in guidance_scales if scale != 1]
     if on and len(images.classes) < 2:
@@ -142,34 +172,34 @@ class Batches:
     on the device if they take at most a quarter of its free memory, on the host otherwise.
     """
 
-    def __init__(self, images: Images, global_batch_size: int, seed: int, ranks: Ranks):
+    def __init__(self, images: Images | Latents, global_batch_size: int, seed: int, ranks: Ranks):
         if global_batch_size % ranks.world_size:
             raise ValueError(f"--global-batch-size {global_batch_size} is not divisible by {ranks.world_size} processes")
         self.size, self.seed, self.ranks, self.flip = global_batch_size, seed, ranks, images.flip
-        fits = ranks.device.type != "cuda" or images.pixels.nbytes <= torch.cuda.mem_get_info(ranks.device)[0] / 4
+        fits = ranks.device.type != "cuda" or images.nbytes <= torch.cuda.mem_get_info(ranks.device)[0] / 4
         self.home = ranks.device if fits else torch.device("cpu")
-        self.pixels, self.labels = images.pixels.to(self.home), images.labels.to(self.home)
+        self.x, self.values, self.labels = images.x, images.on(self.home), images.labels.to(self.home)
         self.orders: dict[int, Tensor] = {}
 
     def order(self, epoch: int) -> Tensor:
         """The shuffled indices of one epoch, (N,). Kept for the epochs of one batch at a time."""
         if epoch not in self.orders:
             shuffle = torch.Generator().manual_seed(fold(self.seed, "epoch", epoch))    # on the CPU: alike on every device
-            self.orders[epoch] = torch.randperm(len(self.pixels), generator=shuffle).to(self.home)
+            self.orders[epoch] = torch.randperm(len(self.labels), generator=shuffle).to(self.home)
         return self.orders[epoch]
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """This rank's rows of batch `step` (1 is the first): x (B, C, H, W) in [-1, 1] and y (B,) long."""
+        """This rank's rows of batch `step` (1 is the first): x (B, C, H, W) in [-1, 1], or latents, and y (B,) long."""
         first = (step - 1) * self.size
-        epochs = range(first // len(self.pixels), (first + self.size - 1) // len(self.pixels) + 1)
+        epochs = range(first // len(self.labels), (first + self.size - 1) // len(self.labels) + 1)
         self.orders = {epoch: order for epoch, order in self.orders.items() if epoch in epochs}
         indices = torch.cat([self.order(epoch) for epoch in epochs])
-        start = first - epochs[0] * len(self.pixels)
+        start = first - epochs[0] * len(self.labels)
         indices = self.ranks.rows(indices[start : start + self.size])
-        device = self.ranks.device
-        x = to_range(self.pixels[indices].to(device, non_blocking=True))
+        device, mirrored = self.ranks.device, None
+        values = self.values[indices].to(device, non_blocking=True)
         y = self.labels[indices].to(device, non_blocking=True)
         if self.flip:
             coin = torch.rand(self.size, generator=generator(device, self.seed, "flip", step), device=device)
-            x = torch.where(self.ranks.rows(coin)[:, None, None, None] < 0.5, x.flip(-1), x)
-        return x, y
+            mirrored = self.ranks.rows(coin) < 0.5
+        return self.x(values, mirrored), y

@@ -1,6 +1,5 @@
 """What evaluate.py and a training run measure: sets of samples beside the training split, and real held-out images as the floor."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,23 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from utils import metrics
-from utils.checkpoints import load_network
+from utils.autoencoder import NoAutoencoder
+from utils.checkpoints import fingerprint, load_network
 from utils.data import Images, to_pixels, to_range
 from utils.distributed import Ranks
+from utils.latents import Latents
 from utils.losses import AverageVelocity, interval_splitting_loss
 from utils.metrics import Features
 from utils.seeding import generator
 
 Sample = Callable[[Tensor, Tensor], Tensor]             # from noise z (B, C, H, W) and labels y (B,) to images
 RELEASED = Path(__file__).parent.parent / "checkpoints"
-
-
-def fingerprint(*parts: Tensor | bytes) -> str:
-    """First 8 hexadecimal digits of a hash over tensors' bytes: names frozen weights, and sets of images."""
-    digest = hashlib.blake2b(digest_size=4)
-    for part in parts:
-        digest.update(part if isinstance(part, bytes) else part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def even_labels(num_images: int, images: Images) -> Tensor:
@@ -102,14 +95,19 @@ def compare(judge: Judge, samples: Features, labels: Tensor | None, reference: F
 
 
 @torch.no_grad()
-def draw(sample: Sample, labels: Tensor, shape: tuple[int, ...], seed: int, ranks: Ranks, batch_size: int) -> Tensor:
-    """Samples of the given labels (N,) as they would be saved: uint8 (N, C, H, H), rounded and clipped."""
+def draw(sample: Sample, labels: Tensor, shape: tuple[int, ...], seed: int, ranks: Ranks, batch_size: int,
+         decode: Callable[[Tensor], Tensor] = NoAutoencoder.decode) -> Tensor:
+    """Samples of the given labels (N,) as they would be saved: uint8 (N, C, H, H), rounded and clipped.
+
+    Args:
+        shape: of the network's noise. decode: from what the network makes to images.
+    """
     noise = generator(ranks.device, seed, "noise")
     pixels = []
     for y in labels.split(batch_size):
         z = torch.randn(len(y), *shape, generator=noise, device=ranks.device)
         with ranks.autocast():
-            pixels.append(to_pixels(sample(z, y.to(ranks.device))).cpu())
+            pixels.append(to_pixels(decode(sample(z, y.to(ranks.device)))).cpu())
     return torch.cat(pixels)
 
 
@@ -146,7 +144,7 @@ class TeacherDistance:
 
     @torch.no_grad()
     def __call__(self, sample: Sample, seed: int) -> float:
-        """Mean squared difference, images in [-1, 1]."""
+        """Mean squared difference, images in [-1, 1], or latents."""
         with self.ranks.autocast():
             if seed not in self.goals:
                 device = self.ranks.device
@@ -184,10 +182,16 @@ class QuickEvaluation:
         images: the training split.
         results_dir: its features are kept in here, in features/.
         num_images: samples of each row; more than there are features.
+
+    Raises:
+        ValueError: the training split is latents.
     """
 
-    def __init__(self, classifier: str | None, network_class: Callable[..., nn.Module], images: Images, ranks: Ranks,
+    def __init__(self, classifier: str | None, network_class: Callable[..., nn.Module], images: Images | Latents, ranks: Ranks,
                  results_dir: str, num_images: int = 5_000):
+        if images.autoencoder is not None:
+            raise ValueError(f"--eval-every: --data {images.name} holds latents, without the pixels that samples are compared with; "
+                             "leave it out, and run evaluate.py on the checkpoints")
         self.judge, self.ranks, self.shape = classifier_judge(classifier, network_class, images, ranks), ranks, images.shape
         self.labels = even_labels(num_images, images)
         self.reference = reference_features(self.judge, shuffled(images)[0], Path(results_dir, "features")) if ranks.is_main else None

@@ -3,8 +3,10 @@
 import io
 import zipfile
 import zlib
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -16,7 +18,7 @@ from tqdm import tqdm
 SPLITS = {"train", "test", "val", "valid", "validation"}
 
 
-def list_images(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
+def list_images(path: Path, flag: str = "--data") -> tuple[list[str], Callable[[str], bytes]]:
     """Names (relative, with slashes, sorted) of all image files in a folder or zip, and a function that reads one.
 
     Raises:
@@ -34,10 +36,10 @@ def list_images(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
     if zipfile.is_zipfile(path):
         archive = zipfile.ZipFile(path)                     # ZipFile locks its reads, so threads may share it
         return sorted(filter(is_image, archive.namelist())), archive.read
-    raise ValueError(f"--data {path} is neither a folder nor a zip file of images")
+    raise ValueError(f"{flag} {path} is neither a folder nor a zip file of images")
 
 
-def split_classes(path: Path, names: list[str]) -> tuple[list[str], list[int]]:
+def split_classes(path: Path, names: list[str], flag: str = "--data") -> tuple[list[str], list[int]]:
     """Class names and one label a file. Files in no folder have no class: ([], zeros).
 
     Folders that everything lies in are passed over, as in a zip of one folder; in a real folder, the last one is a class.
@@ -54,12 +56,12 @@ def split_classes(path: Path, names: list[str]) -> tuple[list[str], list[int]]:
         return [], [0] * len(names)
     if any(len(p) == 1 for p in parts):
         loose = next(name for name, p in zip(names, parts) if len(p) == 1)
-        raise ValueError(f"--data {path} mixes class folders and loose images ({loose}); put every image into a class folder, or none")
+        raise ValueError(f"{flag} {path} mixes class folders and loose images ({loose}); put every image into a class folder, or none")
     classes = sorted({p[0] for p in parts})
     if len(classes) > 1 and {name.lower() for name in classes} <= SPLITS:
         train = next((name for name in classes if name.lower() == "train"), classes[0])
-        remedy = f"use --data {passed / train}" if path.is_dir() else f"zip only the folder {train}"
-        raise ValueError(f"--data {path} holds {' and '.join(classes)}, which are splits and not classes; {remedy}")
+        remedy = f"use {flag} {passed / train}" if path.is_dir() else f"zip only the folder {train}"
+        raise ValueError(f"{flag} {path} holds {' and '.join(classes)}, which are splits and not classes; {remedy}")
     return classes, [classes.index(p[0]) for p in parts]
 
 
@@ -90,6 +92,67 @@ def decode(name: str, content: bytes, size: int) -> tuple[np.ndarray, bool]:
     return pixels, bool((pixels == pixels[..., :1]).all())
 
 
+@dataclass(frozen=True)
+class ImageFolder:
+    """The images of a folder or zip, listed but not read; see `open_folder`.
+
+    names: sorted. read: one file's bytes. labels: one a file. classes: their names, none for an unconditional set.
+    """
+
+    path: Path
+    names: list[str]
+    read: Callable[[str], bytes]
+    classes: list[str]
+    labels: list[int]
+
+    def load(self, indices: range, size: int) -> tuple[np.ndarray, bool]:
+        """RGB uint8 (len(indices), size, size, 3), and whether all of them are gray.
+
+        Raises:
+            ValueError: a file cannot be read; names it.
+        """
+        pixels, gray = np.empty((len(indices), size, size, 3), np.uint8), True
+        for row, i in enumerate(indices):
+            try:
+                content = self.read(self.names[i])
+            except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:       # RuntimeError: encrypted
+                raise ValueError(f"cannot read {self.path}: {self.names[i]}: {error}") from error
+            pixels[row], is_gray = decode(f"{self.path}: {self.names[i]}", content, size)
+            gray = gray and is_gray
+        return pixels, gray
+
+    def stream(self, chunks: Sequence[range], size: int, num_workers: int) -> Iterator[tuple[np.ndarray, bool]]:
+        """`load` of each chunk, in order. Threads work a few chunks ahead, so memory is bounded."""
+        with ThreadPoolExecutor(num_workers) as pool:
+            waiting: deque[Future[tuple[np.ndarray, bool]]] = deque()
+            for chunk in chunks:
+                waiting.append(pool.submit(self.load, chunk, size))
+                if len(waiting) > 2 * num_workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+
+def chunked(indices: range, length: int) -> list[range]:
+    """A range in parts of `length`, the last one shorter if need be."""
+    return [indices[i : i + length] for i in range(0, len(indices), length)]
+
+
+def open_folder(path: Path, flag: str = "--data") -> ImageFolder:
+    """List the images of a folder or zip, and their classes.
+
+    Args:
+        flag: what the path was given as, for the errors.
+
+    Raises:
+        ValueError: no images, or a layout that is not understood.
+    """
+    names, read = list_images(path, flag)
+    if not names:
+        raise ValueError(f"{flag} {path} holds no image that Pillow knows by its ending (.png, .jpg, .webp, ...)")
+    return ImageFolder(path, names, read, *split_classes(path, names, flag))
+
+
 def load_folder(path: Path, image_size: int, num_workers: int) -> tuple[Tensor, Tensor, list[str]]:
     """All images of a folder or zip, with one channel if every image is gray and three otherwise.
 
@@ -99,28 +162,14 @@ def load_folder(path: Path, image_size: int, num_workers: int) -> tuple[Tensor, 
     Raises:
         ValueError: no images, an unreadable one (named), or a layout that is not understood.
     """
-    names, read = list_images(path)
-    if not names:
-        raise ValueError(f"--data {path} holds no image that Pillow knows by its ending (.png, .jpg, .webp, ...)")
-    classes, labels = split_classes(path, names)
-    pixels = np.empty((len(names), image_size, image_size, 3), np.uint8)
-
-    def load(indices: range) -> list[bool]:
-        gray = []
-        for i in indices:
-            try:
-                content = read(names[i])
-            except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:       # RuntimeError: encrypted
-                raise ValueError(f"cannot read {path}: {names[i]}: {error}") from error
-            pixels[i], is_gray = decode(f"{path}: {names[i]}", content, image_size)
-            gray.append(is_gray)
-        return gray
-
-    chunks = [range(i, min(i + 64, len(names))) for i in range(0, len(names), 64)]     # small images: a task each costs more than they do
-    with ThreadPoolExecutor(num_workers) as pool:
-        gray = list(tqdm(pool.map(load, chunks), f"reading {len(names)} images", len(chunks), disable=None, leave=False))
-    gray = [each for chunk in gray for each in chunk]
+    folder = open_folder(path)
+    chunks = chunked(range(len(folder.names)), 64)          # small images: a task for each would cost more than they do
+    pixels, all_gray = np.empty((len(folder.names), image_size, image_size, 3), np.uint8), True
+    parts = zip(chunks, folder.stream(chunks, image_size, num_workers))
+    for chunk, (part, gray) in tqdm(parts, f"reading {len(folder.names)} images", len(chunks), disable=None, leave=False):
+        pixels[chunk.start : chunk.stop] = part
+        all_gray = all_gray and gray
     pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-    if all(gray):
+    if all_gray:
         pixels = pixels[:, :1].clone()
-    return pixels, torch.tensor(labels), classes
+    return pixels, torch.tensor(folder.labels), folder.classes

@@ -7,6 +7,7 @@ from types import ModuleType
 import imageio.v3 as imageio
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torchvision.utils import make_grid
 
 from utils.data import to_pixels
@@ -19,8 +20,11 @@ def sample_labels(num_classes: int, rows: int = 10, columns: int = 10) -> Tensor
     return torch.arange(min(num_classes, rows)).repeat_interleave(columns)
 
 
-def grid(x: Tensor, columns: int = 10, tile: int = 48) -> Tensor:
-    """Images (B, C, H, W) near [-1, 1] as one picture, uint8 (H', W', 3); those below `tile` pixels are enlarged pixel by pixel."""
+def grid(x: Tensor, columns: int = 10, tile: int = 48, largest: int | None = None) -> Tensor:
+    """Images (B, C, H, W) near [-1, 1] as one picture, uint8 (H', W', 3); those below `tile` pixels are enlarged pixel by pixel,
+    those above `largest` reduced to it."""
+    if largest is not None and x.shape[-1] > largest:
+        x = F.interpolate(x.float(), largest, mode="area")
     pixels = make_grid(to_pixels(x).cpu(), nrow=columns, padding=max(1, x.shape[-1] // 16), pad_value=255)
     factor = max(1, -(-tile // x.shape[-1]))
     return pixels.repeat_interleave(factor, 1).repeat_interleave(factor, 2).permute(1, 2, 0)
@@ -35,7 +39,7 @@ def save_grid(path: Path, x: Tensor, columns: int = 10) -> None:
 def save_gif(path: Path, trajectory: Tensor, columns: int = 10, seconds: float = 2.5) -> None:
     """Write states (num_steps + 1, B, C, H, W), noise first, as a looping GIF that rests on the last frame."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    frames = [grid(x, columns, tile=24).numpy() for x in trajectory]          # small: noise does not compress
+    frames = [grid(x, columns, tile=24, largest=64).numpy() for x in trajectory]      # small: noise does not compress
     durations = [1000 * seconds / len(frames)] * (len(frames) - 1) + [1500]
     imageio.imwrite(path, frames, duration=durations, loop=0)
 

@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+from utils.autoencoder import same_autoencoder
 from utils.checkpoints import resolve_weights, step_folders
 from utils.data import Images
+from utils.latents import Latents
 
 RELEASED = Path(__file__).parent.parent / "checkpoints"
 
@@ -38,8 +40,8 @@ def find_teacher(teacher: str | None, results_dir: str, data: str, image_size: i
                      f"Run python {script} --data {data} first, or name one with --teacher")
 
 
-def check_teacher(path: Path, metadata: dict, images: Images, model: str | None) -> None:
-    """Raise ValueError unless the file is a teacher's and fits the data's size, channels and classes, and --model if given."""
+def check_teacher(path: Path, metadata: dict, images: Images | Latents, model: str | None) -> None:
+    """Raise ValueError unless the file is a teacher's and fits the data's size, channels, classes and autoencoder, and --model if given."""
     if metadata["kind"] != "teacher":
         raise ValueError(f"--teacher {path} is a {metadata['kind']}; a student needs a teacher")
     architecture = metadata["architecture"]
@@ -50,3 +52,6 @@ def check_teacher(path: Path, metadata: dict, images: Images, model: str | None)
     if trained != wanted:
         raise ValueError("--teacher {} was trained on {} channels, size {}, {} classes; --data {} has {} channels, size {}, {} classes"
                          .format(path, *trained, images.name, *wanted))
+    if not same_autoencoder(metadata.get("autoencoder"), images.autoencoder):
+        raise ValueError(f"--teacher {path} was trained on latents of {metadata.get('autoencoder')}, --data {images.name} has those of "
+                         f"{images.autoencoder} (None: pixels)")
