@@ -91,12 +91,12 @@ def write_images(folder: Path, size: int, count: int = 2048) -> None:
         imageio.imwrite(path, image)
 
 
-def forward_flops(model: str, image_size: int) -> float:
+def forward_flops(model: str, image_size: int, num_channels: int = 3) -> float:
     """Floating-point operations of one image's forward pass, matrix products only, two for a multiply and add."""
-    network = DiT(model, image_size, 3, CLASSES, interval=True)
+    network = DiT(model, image_size, num_channels, CLASSES, interval=True)
     one = torch.zeros(1)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        network(torch.zeros(1, 3, image_size, image_size), one, one, one.long())
+        network(torch.zeros(1, num_channels, image_size, image_size), one, one, one.long())
     return float(counter.get_total_flops())
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from benchmarks import meanflow, profile_step, scaling, textbook, throughput
+from benchmarks import latent_cost, meanflow, profile_step, scaling, textbook, throughput
 from benchmarks.report import markdown
 from models import DiT
 
@@ -49,6 +49,15 @@ def test_forward_flops_of_s2():
     tokens, width, depth = 256, 384, 12
     blocks = tokens * depth * 2 * (12 * width**2 + 2 * tokens * width)
     assert throughput.forward_flops("DiT-S/2", 32) == pytest.approx(blocks, rel=0.01)
+
+
+def test_cost_on_latents_is_scaled_by_operations():
+    small, large = (latent_cost.forward_flops(model, 32, 4) for model in ("DiT-S/2", "DiT-B/2"))
+    first, second = latent_cost.rows(["DiT-S/2", "DiT-B/2"])
+    assert first["times"] == 1 and first["teacher"] == latent_cost.MEASURED["teacher"]
+    assert second["times"] == pytest.approx(large / small) and 3.5 < second["times"] < 4       # twice the width: 4 times, but for attention
+    assert second["student"] == pytest.approx(latent_cost.MEASURED["student"] / second["times"])
+    assert first["parameters"] < second["parameters"] / 3.5
 
 
 def test_table():
