@@ -1,0 +1,66 @@
+"""The page's models: each student as an ONNX step with float16 weights, and a list of them.
+
+    python -m demo.prepare                                              every released student
+    python -m demo.prepare results/student-photos                       one of your own
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+import export
+from utils.checkpoints import read_weights, resolve_weights
+from utils.config import parse_config
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Config:
+    students: Annotated[tuple[str, ...], tyro.conf.Positional] = ()     # files or run folders; empty: checkpoints/student-*.safetensors
+    out: str = str(HERE / "public/models")                              # folder to write to; what it held is replaced
+
+
+def describe(student: str, folder: Path) -> dict[str, Any]:
+    """Export one student into the folder; what the page needs to know of it.
+
+    Raises:
+        ValueError: it is no student, or makes latents, which the page cannot decode.
+    """
+    source = resolve_weights(student)
+    _, metadata = read_weights(source)
+    if metadata.get("autoencoder"):
+        raise ValueError(f"{student} makes latents; the page shows pixels only")
+    name = source.stem if source.stem != "ema" else Path(student).resolve().name
+    file = folder / f"{name}.onnx"
+    export.main([str(source), str(file), "--form", "step", "--half", "True"])
+    architecture = metadata["architecture"]
+    return {"name": name.removeprefix("student-"), "file": file.name, "bytes": file.stat().st_size,
+            "sha256": hashlib.sha256(file.read_bytes()).hexdigest()[:16], "network": architecture["preset"],
+            "shape": [architecture["num_channels"], *[architecture["image_size"]] * 2], "classes": metadata["classes"]}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    cfg = parse_config(Config, argv, __doc__)
+    students = cfg.students or tuple(sorted(str(path) for path in HERE.parent.glob("checkpoints/student-*.safetensors")))
+    if not students:
+        raise ValueError("there is no checkpoints/student-*.safetensors; name a student")
+    out = Path(cfg.out)
+    fresh = out.with_name(f".{out.name}.writing")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    models = [describe(student, fresh) for student in students]
+    (fresh / "models.json").write_text(json.dumps(models, indent=2) + "\n")
+    shutil.rmtree(out, ignore_errors=True)
+    fresh.rename(out)
+    print(f"{out}: {', '.join(model['name'] for model in models)}")
+
+
+if __name__ == "__main__":
+    main()
