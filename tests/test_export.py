@@ -1,6 +1,7 @@
 """Exported files against the network they came from, and without PyTorch."""
 
 import copy
+import hashlib
 import json
 import subprocess
 import sys
@@ -12,10 +13,12 @@ import pytest
 import torch
 
 import export
+from demo import prepare, reference
 from models import PRESETS, DiT
 from models.dit import Preset
 from utils import onnx_graph
 from utils.checkpoints import write_weights
+from utils.data import to_pixels
 from utils.sampling import sample_average_velocity
 
 
@@ -140,3 +143,28 @@ def test_refusals(student, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_graph, "MOST_BYTES", 1000)
     with pytest.raises(ValueError, match="larger than 2 GiB"):
         onnx_graph.to_onnx(student[1], {}, "image")
+
+
+def test_models_of_the_page(student, tmp_path):
+    out = tmp_path / "models"
+    (out).mkdir()
+    (out / "old.onnx").write_text("of an earlier student")
+    prepare.main([str(student[0]), "--out", str(out)])
+    model, = json.loads((out / "models.json").read_text())
+    assert sorted(path.name for path in out.iterdir()) == ["models.json", "student.onnx"]
+    assert (model["name"], model["shape"], model["classes"]) == ("student", [1, 8, 8], ["a", "b", "c"])
+    file = out / model["file"]
+    assert model["bytes"] == file.stat().st_size and hashlib.sha256(file.read_bytes()).hexdigest().startswith(model["sha256"])
+
+    # The comparison that the page's own test makes: the right image differs by nothing, another class's by much.
+    noise = torch.randn(1, 1, 8, 8)
+    rgba = torch.full((8, 8, 4), 255)
+    rgba[..., :3] = to_pixels(sample_average_velocity(student[1], noise, torch.tensor([1]), 2))[0].permute(1, 2, 0)
+    page = {"label": 1, "noise": noise.flatten().tolist(), "images": {"2": rgba.flatten().tolist()}}
+    assert reference.differences(str(student[0]), page) == {"2": 0}
+    assert reference.differences(str(student[0]), {**page, "label": 2})["2"] > 10
+
+    save(tmp_path / "latents.safetensors", "student", autoencoder={"source": "x"})
+    with pytest.raises(ValueError, match="makes latents; the page shows pixels only"):
+        prepare.main([str(tmp_path / "latents.safetensors"), "--out", str(out)])
+    assert file.exists()                                    # what was there still is
