@@ -1,6 +1,6 @@
 """Make a teacher of another project's flow-matching transformer: weights in the layout of DiT's or SiT's state dict.
 
-    python import_teacher.py SiT-XL-2-256.pt sit.safetensors --time-direction data-at-one           SiT
+    python import_teacher.py SiT-XL-2-256.pt sit.safetensors --time-direction data-at-one --data latents/imagenet       SiT
     python import_teacher.py repa.pt repa.safetensors --time-direction noise-at-one --ignore projectors         REPA
     python import_teacher.py mine.safetensors mine-teacher.safetensors --time-direction noise-at-one --time-scale 1000 --num-heads 6
 
@@ -23,6 +23,7 @@ from models.foreign import choose_preset, read_shapes, translate, unwrap
 from utils.checkpoints import write_weights
 from utils.config import parse_config, require
 from utils.foreign import read_state
+from utils.latents import is_latents, read_description
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Config:
     image_size: int | None = None               # side of the images or latents; None: as found, and if given it must be that
     num_classes: int | None = None              # without the null class, likewise
     class_names: str | None = None              # text file, a class's name a line in the order of the labels; None: 0, 1, 2, ...
-    data: str | None = None                     # the data set it was trained on, as train_student.py's --data; for evaluate.py
+    data: str | None = None                     # what it was trained on, as train_student.py's --data; needed if that is latents
     ignore: tuple[str, ...] = ()                # beginnings of names to leave out: parts that served training alone
     precision: Literal["float32", "bfloat16"] = "float32"   # of the file
     replace: bool = False                       # overwrite a file that is there
@@ -77,7 +78,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     for field in ("image_size", "num_classes"):
         require(cfg, field, getattr(cfg, field) in (None, getattr(shapes, field)), f"{getattr(shapes, field)}, as in the weights")
     preset = choose_preset(shapes, cfg.preset, cfg.num_heads)
+    latents = read_description(Path(cfg.data)) if cfg.data and is_latents(Path(cfg.data)) else None
+    shape = [shapes.num_channels, shapes.image_size, shapes.image_size]
+    if latents and latents["shape"] != shape:
+        raise ValueError(f"--data {cfg.data} holds latents of shape {latents['shape']}; the weights are for {shape}")
     classes = read_classes(cfg.class_names, shapes.num_classes)
+    if latents and cfg.class_names is None and len(latents["classes"]) == len(classes):
+        classes = latents["classes"]
     architecture = dict(network="SiT", preset=preset, image_size=shapes.image_size, num_channels=shapes.num_channels,
                         num_classes=shapes.num_classes, interval=False, time_direction=cfg.time_direction, time_scale=cfg.time_scale)
     weights = translate(state, shapes, architecture)
@@ -90,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     origin = dict(imported_from=Path(cfg.source).name, sha256=digest, entry=entry, ignored=list(cfg.ignore),
                   learn_sigma=shapes.learn_sigma)
     metadata = dict(kind="teacher", architecture=architecture, classes=classes, config=dict(data=cfg.data, **origin), step=0,
-                    weights="ema")
+                    weights="ema", autoencoder=latents and latents["autoencoder"])
     target.parent.mkdir(parents=True, exist_ok=True)
     write_weights(target, {name: tensor.to(getattr(torch, cfg.precision)) for name, tensor in weights.items()}, metadata)
     left_out = f", {len(found) - len(state)} left out by --ignore" if cfg.ignore else ""

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import foreign
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from PIL import Image
 from runs import make_images
 
 import evaluate
+import import_teacher
 import prepare_latents
 import sample
 import train_classifier
@@ -33,15 +35,6 @@ from utils.teachers import check_teacher
 
 CPU = torch.device("cpu")
 SCALING, SHIFT = 1.7, 0.3
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Everything here is tiny: threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def save_autoencoder(folder: Path, seed: int = 0):
@@ -318,3 +311,27 @@ def test_teacher_of_other_latents_is_refused(made, results):
     for other in (None, {**data.autoencoder, "scaling": 1.0}, {**data.autoencoder, "weights": "00000000"}):
         with pytest.raises(ValueError, match="was trained on latents of"):
             check_teacher(path, {**metadata, "autoencoder": other}, data, None)
+
+
+def test_imported_teacher_of_latents(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(foreign, "CHANNELS", 4)
+    torch.save(foreign.random_state(), tmp_path / "theirs.pt")
+    data = str(made / "prepared")
+
+    def bring(target: str, *flags: str) -> None:
+        import_teacher.main([str(tmp_path / "theirs.pt"), str(tmp_path / target), "--num-heads", "3",
+                             "--time-direction", "data-at-one", *flags])
+
+    bring("teacher.safetensors", "--data", data)
+    metadata = read_weights(tmp_path / "teacher.safetensors")[1]
+    assert metadata["autoencoder"] == load_data(data).autoencoder and metadata["classes"] == ["cat", "dog"]
+    train_student.main(["--teacher", str(tmp_path / "teacher.safetensors"), "--data", data, *RUN, "--steps", "1", "--num-steps", "1",
+                        "--results-dir", str(tmp_path / "results")])
+    assert (tmp_path / "results/student-prepared/samples/1step_step1.png").is_file()
+    bring("pixels.safetensors")                             # without --data it is taken to be one of pixels
+    with pytest.raises(ValueError, match="was trained on latents of None"):
+        check_teacher(tmp_path / "pixels.safetensors", read_weights(tmp_path / "pixels.safetensors")[1], load_data(data), None)
+    monkeypatch.setattr(foreign, "CHANNELS", 3)
+    torch.save(foreign.random_state(), tmp_path / "theirs.pt")
+    with pytest.raises(ValueError, match=r"holds latents of shape \[4, 8, 8\]; the weights are for \[3, 8, 8\]"):
+        bring("other.safetensors", "--data", data)
