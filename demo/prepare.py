@@ -7,6 +7,7 @@
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,13 +53,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not students:
         raise ValueError("there is no checkpoints/student-*.safetensors; name a student")
     out = Path(cfg.out)
-    fresh = out.with_name(f".{out.name}.writing")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    models = [describe(student, fresh) for student in students]
-    (fresh / "models.json").write_text(json.dumps(models, indent=2) + "\n")
-    shutil.rmtree(out, ignore_errors=True)
-    fresh.rename(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".models-") as temporary:
+        fresh = Path(temporary, "models")
+        fresh.mkdir()
+        models = [describe(student, fresh) for student in students]
+        (fresh / "models.json").write_text(json.dumps(models, indent=2) + "\n")
+        shutil.rmtree(out, ignore_errors=True)
+        fresh.rename(out)
     print(f"{out}: {', '.join(model['name'] for model in models)}")
 
 

@@ -167,4 +167,4 @@ def test_models_of_the_page(student, tmp_path):
     save(tmp_path / "latents.safetensors", "student", autoencoder={"source": "x"})
     with pytest.raises(ValueError, match="makes latents; the page shows pixels only"):
         prepare.main([str(tmp_path / "latents.safetensors"), "--out", str(out)])
-    assert file.exists()                                    # what was there still is
+    assert file.exists() and [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["models"]      # what was there still is
