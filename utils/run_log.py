@@ -30,6 +30,8 @@ from utils.interrupt import StopRequest
 from utils.pictures import save_curves, save_gif, save_grid
 from utils.sharding import whole_weights
 
+SECONDS_BETWEEN_CURVES = 30
+
 
 def environment(ranks: Ranks) -> dict[str, Any]:
     """What a run depends on besides its config: commit, versions, device, command."""
@@ -75,6 +77,7 @@ class Run:
         self.refuse_foreign_folder()
         self.bar = self.comet = None
         self.seconds_before, self.opened, self.logged = 0.0, time.monotonic(), (0, time.monotonic())
+        self.drawn = self.opened
 
     def refuse_foreign_folder(self) -> None:
         file = self.folder / "config.json"
@@ -167,12 +170,18 @@ class Run:
         return step % self.config.log_every == 0 and self.ranks.agree(wish)
 
     def save(self, step: int, networks: dict[str, nn.Module], training: dict[str, Any], metadata: dict[str, Any]) -> None:
-        """Write the checkpoint of `step` and draw curves.png anew; see `utils.checkpoints.save_checkpoint`."""
+        """Write the checkpoint of `step`, and curves.png if it is old; see `utils.checkpoints.save_checkpoint`."""
         weights = {name: whole_weights(network) for name, network in networks.items()}
         if self.ranks.is_main:
             path = save_checkpoint(self.checkpoints, step, weights, training, metadata, self.config.keep)
-            save_curves(self.folder / "curves.png", self.folder)
             self.write_log(f"saved {path}")
+            if time.monotonic() - self.drawn > SECONDS_BETWEEN_CURVES:
+                self.draw_curves()
+
+    def draw_curves(self) -> None:
+        """Draw curves.png anew from the metrics so far; takes about a second."""
+        save_curves(self.folder / "curves.png", self.folder)
+        self.drawn = time.monotonic()
 
     def evaluation(self, step: int, numbers: dict[str, float], ema: nn.Module, metadata: dict[str, Any]) -> None:
         """One line of evaluations.jsonl; best.safetensors is the EMA of the step at which the first number was least."""
@@ -219,9 +228,11 @@ class Run:
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if self.bar is not None:
             self.bar.close()
+        if error is None and self.ranks.is_main:
+            self.draw_curves()
         if self.comet:
             self.comet.end()
             for archive in sorted((self.folder / "comet").glob("*.zip")):
