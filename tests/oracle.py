@@ -7,6 +7,8 @@ z_r = z_t std(r) / std(t). Everything else follows. Derived here from scratch, n
 import torch
 from torch import Tensor
 
+from utils.flow import interpolate
+
 
 class GaussianFlow:
     def __init__(self, sd: float = 0.5):
@@ -29,3 +31,17 @@ class GaussianFlow:
         length = (t - r).view(-1, 1, 1, 1)
         safe = torch.where(length == 0, 1.0, length)
         return torch.where(length == 0, self.v(z, t, y), (z - self.flow(z, r, t)) / safe)
+
+
+ORACLE = GaussianFlow()
+
+
+def batch(num: int = 64):
+    """States on the oracle's path at t, with 0 < r < t < 1 and lam in (0.1, 0.9), float64."""
+    draw = torch.Generator().manual_seed(1)
+    times = torch.rand(num, 2, generator=draw, dtype=torch.float64).sort(dim=1).values
+    r, t = 0.02 + 0.9 * times[:, 0], 0.08 + 0.9 * times[:, 1]
+    lam = 0.1 + 0.8 * torch.rand(num, generator=draw, dtype=torch.float64)
+    x = ORACLE.sd * torch.randn(num, 1, 4, 4, generator=draw, dtype=torch.float64)
+    eps = torch.randn(x.shape, generator=draw, dtype=torch.float64)
+    return interpolate(x, eps, t), r, t, lam, torch.zeros(num, dtype=torch.long)

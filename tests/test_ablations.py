@@ -9,6 +9,7 @@ import pytest
 import train_student
 import train_teacher
 from benchmarks.ablations import run
+from benchmarks.ablations.patches import PATCHES
 from benchmarks.ablations.variants import VARIANTS
 from utils import recipes
 from utils.config import parse_config, to_dict
@@ -25,6 +26,8 @@ def test_a_variant_differs_from_the_defaults_as_it_says(variant):
     different = {key for key in plain if plain[key] != changed[key]}
     assert different == {flag[2:].replace("-", "_") for flag in variant.flags if flag.startswith("--")}
     assert [v.name for v in VARIANTS].count(variant.name) == 1
+    assert variant.patch is None or variant.patch in PATCHES
+    assert next(v for v in VARIANTS if v.name == variant.cost).stage == variant.stage
 
 
 def test_spike():
@@ -53,7 +56,7 @@ def test_runs_results_and_table(tmp_path, monkeypatch):
     flags = ["--only", "student", "lam-uniform", "--seconds", "30", "--seeds", "0", "1", "--out", str(tmp_path),
              "--results-dir", str(tmp_path / "runs"), "--teacher", "t.safetensors", "--flags=--global-batch-size 100"]
     run.main(flags)
-    assert [f["--steps"] for f in started] == ["100", "600", "100", "600", "600", "600"]        # a probe of each; 30 s x 2000 / 100
+    assert [f["--steps"] for f in started] == ["100", "600", "600", "600", "600"]               # one probe, they cost alike; 30 s x 2000 / 100
     assert all(f["--teacher"] == "t.safetensors" and f["--global-batch-size"] == "100" for f in started)
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [(row["variant"], row["seed"], row.get("fd_1step")) for row in rows] == [
@@ -62,8 +65,9 @@ def test_runs_results_and_table(tmp_path, monkeypatch):
     text = (tmp_path / "table.md").read_text()
     assert "| student | the defaults | 2.500 ± 0.500 | 0.900 ± 0.000 | 2.0 | 600 | 2 |" in text
     assert "| lam-uniform | anchored, lam uniform |  |  |  | 600 | 2, 2 not finite |" in text
+    assert (tmp_path / "gradient_norm.png").is_file() and rows[0]["norms"][0] == [0, 1.0]
     run.main(flags)                                         # what is there is not run again
-    assert len(started) == 6
+    assert len(started) == 5
 
     monkeypatch.setattr(run, "start", lambda line: (_ for _ in ()).throw(RuntimeError("CUDA out of memory")))
     with pytest.raises(RuntimeError, match="out of memory"):                    # any other failure is no result

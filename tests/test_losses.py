@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from oracle import GaussianFlow
+from oracle import ORACLE, batch
 from torch import Tensor
 
-from utils.flow import interpolate, pad_like
+from utils.flow import pad_like
 from utils.losses import (
     adaptive_weight,
     anchored_splitting_loss,
@@ -17,19 +17,6 @@ from utils.losses import (
     squared_error,
     student_loss,
 )
-
-ORACLE = GaussianFlow()
-
-
-def batch(num: int = 64):
-    """States on the oracle's path at t, with 0 < r < t < 1 and lam in (0.1, 0.9), float64."""
-    draw = torch.Generator().manual_seed(1)
-    times = torch.rand(num, 2, generator=draw, dtype=torch.float64).sort(dim=1).values
-    r, t = 0.02 + 0.9 * times[:, 0], 0.08 + 0.9 * times[:, 1]
-    lam = 0.1 + 0.8 * torch.rand(num, generator=draw, dtype=torch.float64)
-    x = ORACLE.sd * torch.randn(num, 1, 4, 4, generator=draw, dtype=torch.float64)
-    eps = torch.randn(x.shape, generator=draw, dtype=torch.float64)
-    return interpolate(x, eps, t), r, t, lam, torch.zeros(num, dtype=torch.long)
 
 
 def test_splitting_and_boundary_vanish_at_the_oracle():

@@ -1,11 +1,10 @@
 import pytest
 import torch
-from oracle import GaussianFlow
+from oracle import ORACLE
 
 from utils.flow import interpolate, step
 from utils.sampling import sample_average_velocity, sample_velocity, time_grid
 
-ORACLE = GaussianFlow()
 Z = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = torch.zeros(8, dtype=torch.long)
 

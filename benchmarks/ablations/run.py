@@ -4,9 +4,10 @@
     python -m benchmarks.ablations.run --only student lam-uniform target-ema --seconds 120 --seeds 0 1 2
     python -m benchmarks.ablations.run --table-only True                          the table from results.jsonl
 
-A run is the training script's own command line. A short one tells how fast the variant is; then it gets as many updates as
-fit into --seconds, its schedules included. Its last quick evaluation (5,000 images) is the result, one line of results.jsonl;
-what is there already is not run again, so the same command goes on.
+A run is the training script's own command line, or that of patches.py around it. A short one tells how fast the variant is, or
+one of the same cost; then it gets as many updates as fit into --seconds, its schedules included. Its last quick evaluation
+(5,000 images) is the result, one line of results.jsonl; what is there already is not run again, so the same command goes on.
+Also writes table.md, and gradient_norm.png of the students.
 """
 
 import json
@@ -21,6 +22,7 @@ from typing import Any
 
 from benchmarks.ablations.variants import VARIANTS, Variant
 from utils.config import parse_config, require
+from utils.pictures import pyplot
 
 HERE = Path(__file__).parent
 
@@ -49,9 +51,10 @@ class Config:
 def command(variant: Variant, seed: int, steps: int, cfg: Config, name: str, log_every: int, extra: Sequence[str]) -> list[str]:
     script = f"train_{variant.stage}{'_mnist' if cfg.data in ('mnist', 'digits') else ''}.py"
     teacher = ["--teacher", cfg.teacher] if variant.stage == "student" and cfg.teacher else []
-    return [script, "--data", cfg.data, "--seed", str(seed), "--steps", str(steps), "--name", name, "--results-dir", cfg.results_dir,
-            "--log-every", str(log_every), "--sample-every", str(steps), "--save-every", str(steps), "--comet", "off",
-            *teacher, *extra, *shlex.split(cfg.flags), *variant.flags]
+    patched = ["-m", "benchmarks.ablations.patches", variant.patch] if variant.patch else []
+    return [*patched, script, "--data", cfg.data, "--seed", str(seed), "--steps", str(steps), "--name", name,
+            "--results-dir", cfg.results_dir, "--log-every", str(log_every), "--sample-every", str(steps), "--save-every", str(steps),
+            "--comet", "off", *teacher, *extra, *shlex.split(cfg.flags), *variant.flags]
 
 
 def start(line: list[str]) -> None:
@@ -77,9 +80,9 @@ def spike(norms: Sequence[float], window: int = 20) -> float:
 def measure(variant: Variant, seed: int, cfg: Config) -> dict[str, Any]:
     """Train and evaluate one variant. A run that ends in NaN is a result too."""
     folder, half = Path(cfg.results_dir), cfg.probe_steps // 2
-    probe = f"probe-{variant.name}"
+    probe = f"probe-{variant.cost}"
     if not (folder / probe / "metrics.jsonl").is_file():
-        start(command(variant, 0, cfg.probe_steps, cfg, probe, half, []))
+        start(command(next(v for v in VARIANTS if v.name == variant.cost), 0, cfg.probe_steps, cfg, probe, half, []))
     config = json.loads((folder / probe / "config.json").read_text())
     speed = read_lines(folder / probe / "metrics.jsonl")[-1]["images_per_second"]
     steps = max(1, round(cfg.seconds * speed / config["global_batch_size"]))
@@ -94,7 +97,8 @@ def measure(variant: Variant, seed: int, cfg: Config) -> dict[str, Any]:
             raise
         return {**result, "failed": "not finite"}
     rows, evaluations = read_lines(folder / name / "metrics.jsonl"), read_lines(folder / name / "evaluations.jsonl")
-    return {**result, "spike": spike([row["grad_norm"] for row in rows]),
+    norms = [row["grad_norm"] for row in rows]
+    return {**result, "spike": spike(norms), "norms": [[row["step"], round(row["grad_norm"], 5)] for row in rows],
             **{key: value for key, value in evaluations[-1].items() if key != "step"}}
 
 
@@ -125,6 +129,21 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n\n".join(parts) + f"\n\nCommands:\n\n{commands}\n"
 
 
+def save_norms(results: list[dict[str, Any]], path: Path) -> None:
+    """Gradient norms of the first seed of each student variant, where a collapse shows."""
+    stages = {variant.name: variant.stage for variant in VARIANTS}
+    curves = {row["variant"]: row["norms"] for row in reversed(results) if "norms" in row and stages[row["variant"]] == "student"}
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
+    for i, (name, norms) in enumerate(sorted(curves.items())):
+        axis.plot(*zip(*norms), label=name, linewidth=1, linestyle=["-", "--", ":", "-."][i // 10 % 4])
+    axis.set(yscale="log", xlabel="update", ylabel="gradient norm")
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right", fontsize=7)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse_config(Config, argv, __doc__)
     out = Path(cfg.out)
@@ -139,11 +158,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 result = measure(variant, seed, cfg)
                 with open(file, "a") as lines:
                     lines.write(json.dumps(result) + "\n")
-                print({key: value for key, value in result.items() if key != "command"}, flush=True)
+                print({key: value for key, value in result.items() if key not in ("command", "norms")}, flush=True)
     results = [row for row in read_lines(file) if row["seconds"] == cfg.seconds]
     if not results:
         raise ValueError(f"{file} holds no result of --seconds {cfg.seconds} yet")
     (out / "table.md").write_text(table(results))
+    save_norms(results, out / "gradient_norm.png")
     print(f"{out / 'table.md'}: {len(results)} runs")
 
 

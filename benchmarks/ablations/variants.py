@@ -4,37 +4,44 @@ from typing import NamedTuple
 
 
 class Variant(NamedTuple):
-    """A row of the table: its name, the training script's stage, the flags that make it differ, and what it asks."""
+    """A row of the table: its name, the training script's stage, the flags that make it differ, and what it asks.
+
+    `patch` names a change that no flag makes (`patches.py`); `cost` the variant whose speed it shares, so that it needs no
+    probe of its own.
+    """
 
     name: str
     stage: str                  # "teacher" or "student"
     flags: list[str]
     question: str
+    patch: str | None
+    cost: str
 
 
-def student(name: str, flags: str, question: str) -> Variant:
-    return Variant(name, "student", flags.split(";") if flags else [], question)
+def student(name: str, flags: str, question: str, patch: str | None = None, cost: str = "student") -> Variant:
+    return Variant(name, "student", flags.split(";") if flags else [], question, patch, name if cost == "own" else cost)
 
 
-def teacher(name: str, flags: str, question: str) -> Variant:
-    return Variant(name, "teacher", flags.split(";") if flags else [], question)
+def teacher(name: str, flags: str, question: str, patch: str | None = None, cost: str = "teacher") -> Variant:
+    return Variant(name, "teacher", flags.split(";") if flags else [], question, patch, name if cost == "own" else cost)
 
 
 # Flags and their values are separated by ";", because laws hold spaces.
 VARIANTS = [
     student("student", "", "the defaults"),
     student("algorithm-1", "--split;self;--lam-law;uniform;--adaptive-power;0;--t-law;uniform;--r-law;uniform;--pinned-share;0",
-            "the paper's Algorithm 1 to the letter"),
-    student("split-self", "--split;self", "first leg from the student itself"),
-    student("split-self-uniform", "--split;self;--lam-law;uniform", "the same, with the paper's lam"),
+            "the paper's Algorithm 1 to the letter", cost="split-self"),
+    student("split-self", "--split;self", "first leg from the student itself", cost="own"),
+    student("split-self-uniform", "--split;self;--lam-law;uniform", "the same, with the paper's lam", cost="split-self"),
+    student("split-mixed", "", "first leg from the teacher in every other update", patch="mixed-split", cost="own"),
     student("lam-uniform", "--lam-law;uniform", "anchored, lam uniform"),
     student("lam-constant-0.05", "--lam-law;constant(0.05)", "lam small from the start"),
     student("lam-constant-0.3", "--lam-law;constant(0.3)", "lam never small"),
     student("lam-end-0.1", "--lam-law;anneal(0.3, 0.1, 0.8)", "end where rounding divided by lam^2 is a quarter"),
     student("lam-end-0.02", "--lam-law;anneal(0.3, 0.02, 0.8)", "end nearer to the derivative"),
     student("lam-start-0.7", "--lam-law;anneal(0.7, 0.05, 0.8)", "start from halves"),
-    student("boundary-0.25", "--boundary-share;0.25", "less boundary"),
-    student("boundary-0.75", "--boundary-share;0.75", "more boundary"),
+    student("boundary-0.25", "--boundary-share;0.25", "less boundary", cost="own"),
+    student("boundary-0.75", "--boundary-share;0.75", "more boundary", cost="own"),
     student("t-uniform", "--t-law;uniform", "times uniform"),
     student("r-uniform", "--r-law;uniform", "interval ends uniform"),
     student("r-as-t", "--r-law;logit-normal(-0.6, 1.6)", "both ends by one law"),
@@ -43,19 +50,28 @@ VARIANTS = [
     student("power-0", "--adaptive-power;0", "squared error"),
     student("power-0.5", "--adaptive-power;0.5", "a milder adaptive weight"),
     student("power-1", "--adaptive-power;1", "a stronger adaptive weight"),
-    student("target-ema", "--target;ema", "targets from a fast EMA"),
-    student("split-self-target-ema", "--split;self;--target;ema", "whether it keeps Algorithm 1 from collapse"),
-    student("guidance-1", "--guidance-scale;1", "no guidance inside"),
+    student("target-ema", "--target;ema", "targets from a fast EMA", cost="own"),
+    student("split-self-target-ema", "--split;self;--target;ema", "whether it keeps self-splitting from collapse", cost="own"),
+    student("guidance-1", "--guidance-scale;1", "no guidance inside", cost="own"),
     student("guidance-2", "--guidance-scale;2", "more guidance inside"),
     student("guidance-late", "--guidance-interval;0;0.8", "no guidance in the noise"),
     student("lr-half", "--lr;0.00025;--muon-lr;0.005", "half the learning rates"),
     student("lr-double", "--lr;0.001;--muon-lr;0.02", "twice the learning rates"),
-    student("adamw", "--optimizer;adamw", "AdamW for everything"),
+    student("adamw", "--optimizer;adamw", "AdamW for everything", cost="own"),
+    student("warm-start", "", "100 updates on the teacher's own trajectories first", patch="warm-start"),
     teacher("teacher", "", "the defaults"),
-    teacher("teacher-adamw", "--optimizer;adamw", "AdamW for everything"),
-    teacher("teacher-patch-4", "--model;DiT-B/4", "wider, fewer patches"),
+    teacher("teacher-adamw", "--optimizer;adamw", "AdamW for everything", cost="own"),
+    teacher("teacher-b-4", "--model;DiT-B/4", "wider, fewer patches", cost="own"),
+    teacher("teacher-ti-2", "--model;DiT-Ti/2", "smaller, more images", cost="own"),
     teacher("teacher-t-uniform", "--t-law;uniform", "times uniform"),
-    teacher("teacher-dropout-0.2", "--label-dropout;0.2", "more steps without a label"),
+    teacher("teacher-label-dropout-0.2", "--label-dropout;0.2", "more steps without a label"),
     teacher("teacher-ema-short", "--ema-decay;0.999", "a shorter average"),
     teacher("teacher-ema-long", "--ema-decay;0.9998", "a longer average"),
+    teacher("teacher-dropout-0.1", "", "dropout of the MLP's hidden values", patch="dropout-0.1", cost="own"),
+    teacher("teacher-augmentation", "", "rotations and shifts that the network is told of", patch="augmentation", cost="own"),
+    teacher("teacher-long-skips", "", "later blocks see earlier ones", patch="long-skips", cost="own"),
+    teacher("teacher-nearest-of-4", "", "noise near its image", patch="nearest-of-4", cost="own"),
+    teacher("teacher-silu", "", "SiLU for GELU", patch="silu", cost="own"),
+    teacher("teacher-relu-squared", "", "squared ReLU for GELU", patch="relu-squared", cost="own"),
+    teacher("teacher-heads-of-128", "", "3 heads of 128 for 6 of 64", patch="heads-of-128", cost="own"),
 ]

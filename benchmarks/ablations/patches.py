@@ -1,0 +1,217 @@
+"""Variants that the training scripts have no flag for: each changes one thing in the process that runs a script as it is.
+
+    python -m benchmarks.ablations.patches relu-squared train_teacher.py --name relu-squared --steps 1000
+
+What wins here moves into the scripts; what loses leaves no trace in them. The weights of a changed network load only into a
+process with the same change.
+"""
+
+import importlib
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import train_student
+import train_student_mnist
+import train_teacher
+import train_teacher_mnist
+from models import dit
+from utils.flow import pad_like, step
+from utils.guidance import Velocity
+from utils.losses import AverageVelocity, StudentLoss, squared_error, student_loss
+
+TEACHERS, STUDENTS = (train_teacher, train_teacher_mnist), (train_student, train_student_mnist)
+
+
+def change(modules: Sequence[Any], name: str, new: Any) -> None:
+    """Replace a name in each module or class that has it."""
+    for module in modules:
+        if not hasattr(module, name):
+            raise AttributeError(f"{module.__name__} has no {name} any more; the patch must follow it")
+        setattr(module, name, new)
+
+
+def activation(function: Callable[[Tensor], Tensor]) -> None:
+    """Another activation in place of GELU."""
+    change([dit.MLP], "forward", lambda self, x: self.out(function(self.hidden(x))))
+
+
+def dropout(rate: float) -> None:
+    """Dropout of the MLP's hidden values while training; the EMA, which is sampled, has none."""
+    def forward(self: dit.MLP, x: Tensor) -> Tensor:
+        return self.out(F.dropout(F.gelu(self.hidden(x), approximate="tanh"), rate, self.training))
+
+    change([dit.MLP], "forward", forward)
+
+
+def head_size(size: int) -> None:
+    """Fewer, larger attention heads, where the width allows."""
+    change([dit], "PRESETS", {
+        name: (dit.Preset(preset.depth, preset.width, preset.width // size) if preset.width % size == 0 else preset, patch_size)
+        for name, (preset, patch_size) in dit.PRESETS.items()})
+
+
+class Keep(nn.Module):
+    """A block of the first half, whose output a block of the second half will see."""
+
+    def __init__(self, block: nn.Module, kept: list[Tensor]):
+        super().__init__()
+        self.block, self.kept = block, kept
+
+    def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
+        x = self.block(x, *rest)
+        self.kept.append(x)
+        return x
+
+    def compile(self, **options: Any) -> None:
+        self.block.compile(**options)
+
+
+class Join(nn.Module):
+    """A block of the second half, and the linear layer that brings the kept output in. It starts by ignoring it."""
+
+    def __init__(self, block: nn.Module, width: int, kept: list[Tensor]):
+        super().__init__()
+        self.block, self.kept = block, kept
+        self.join = nn.Linear(2 * width, width)
+        with torch.no_grad():
+            self.join.weight.copy_(torch.cat([torch.eye(width), torch.zeros(width, width)], dim=1))
+            self.join.bias.zero_()
+
+    def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
+        return self.block(self.join(torch.cat([x, self.kept.pop()], dim=-1)), *rest)
+
+    def compile(self, **options: Any) -> None:
+        self.block.compile(**options)
+
+
+def long_skips() -> None:
+    """The last block sees the first one's output, the one before it the second's, and so on (U-ViT, arXiv 2209.12152)."""
+    make = dit.DiT.__init__
+
+    @wraps(make)
+    def with_skips(self: dit.DiT, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        kept: list[Tensor] = []
+        half, width = len(self.blocks) // 2, self.position.shape[-1]
+        self.blocks = nn.ModuleList([Keep(block, kept) if i < half else Join(block, width, kept)
+                                     for i, block in enumerate(self.blocks)][: 2 * half])
+
+    change([dit.DiT], "__init__", with_skips)
+
+
+def nearest(x: Tensor, eps: Tensor, count: int) -> Tensor:
+    """For each image the nearest of its own noise and count - 1 fresh ones. All (B, C, H, W)."""
+    candidates = torch.stack([eps, *(torch.randn_like(eps) for _ in range(count - 1))])             # (count, B, C, H, W)
+    choice = (candidates - x).flatten(2).norm(dim=2).argmin(dim=0)                                  # (B,)
+    return candidates[choice, torch.arange(len(x), device=x.device)]
+
+
+def nearest_noise(count: int) -> None:
+    """Noise and image are drawn near each other (Immiscible Diffusion, arXiv 2406.12303); for teacher and student alike."""
+    loss, mix = train_teacher.flow_matching_loss, train_student.interpolate
+    change(TEACHERS, "flow_matching_loss", lambda v, x, eps, t, y: loss(v, x, nearest(x, eps, count), t, y))
+    change(STUDENTS, "interpolate", lambda x, eps, t: mix(x, nearest(x, eps, count), t))
+
+
+class LabelAndTransform(nn.Module):
+    """The class embedding, plus what was done to the image: nothing, unless `transform` says so."""
+
+    def __init__(self, label_embed: nn.Embedding):
+        super().__init__()
+        self.label_embed, self.transform = label_embed, None
+        self.embed = nn.Linear(4, label_embed.embedding_dim, bias=False)
+
+    def forward(self, y: Tensor) -> Tensor:
+        c = self.label_embed(y)
+        return c if self.transform is None else c + self.embed(self.transform)
+
+
+def augmentation(rate: float, most_shift: float = 0.125) -> None:
+    """A share of the training images is rotated, a share shifted, and the network is told so that it does not do the same
+    when it samples (Karras et al., arXiv 2206.00364, Sec. 5)."""
+    make, loss = dit.DiT.__init__, train_teacher.flow_matching_loss
+
+    @wraps(make)
+    def told(self: dit.DiT, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        self.label_embed = LabelAndTransform(self.label_embed)
+
+    def augmented(v: Velocity, x: Tensor, eps: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        b = len(x)
+        chosen = (torch.rand(2, b, device=x.device) < rate).float()
+        angle = (2 * torch.rand(b, device=x.device) - 1) * torch.pi * chosen[0]
+        shift = (2 * torch.rand(b, 2, device=x.device) - 1) * 2 * most_shift * chosen[1, :, None]     # the image spans [-1, 1]
+        cos, sin = angle.cos(), angle.sin()
+        matrix = torch.stack([torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1)    # (B, 2, 3)
+        moved = F.grid_sample(x, F.affine_grid(matrix, list(x.shape), align_corners=False), padding_mode="reflection", align_corners=False)
+        x = torch.where(pad_like(chosen.amax(0), x) > 0, moved, x)
+        embed = v.__self__.label_embed
+        embed.transform = torch.cat([1 - cos[:, None], sin[:, None], shift / (2 * most_shift)], dim=1)
+        try:
+            return loss(v, x, eps, t, y)
+        finally:
+            embed.transform = None
+
+    change([dit.DiT], "__init__", told)
+    change(TEACHERS, "flow_matching_loss", augmented)
+
+
+def mixed_split() -> None:
+    """The first leg is the teacher's velocity in every other update, the student's own in the rest."""
+    turn = itertools.cycle([True, False])
+    change(STUDENTS, "student_loss", lambda *args: student_loss(*args[:-1], next(turn)))
+
+
+def warm_start(updates: int, substeps: int = 4) -> None:
+    """At first the target is the mean velocity of the teacher's own trajectory from t to r, solved in `substeps` Euler steps."""
+    count = itertools.count()
+
+    def loss(u: AverageVelocity, u_target: AverageVelocity, v: Velocity, z_t: Tensor, r: Tensor, t: Tensor, lam: Tensor, y: Tensor,
+             num_boundary: int, anchored: bool) -> StudentLoss:
+        n = num_boundary
+        if next(count) >= updates:
+            return student_loss(u, u_target, v, z_t, r, t, lam, y, n, anchored)
+        r = torch.cat([t[:n], r[n:]])
+        with torch.no_grad():
+            z, times = z_t[n:], [torch.lerp(t[n:], r[n:], i / substeps) for i in range(substeps + 1)]
+            velocities = []
+            for start, end in zip(times, times[1:]):
+                velocities.append(v(z, start, y[n:]))
+                z = step(z, end, start, velocities[-1])
+            target = torch.cat([v(z_t[:n], t[:n], y[:n]), torch.stack(velocities).mean(0)])
+        error = squared_error(u(z_t, r, t, y), target)
+        return StudentLoss(error[:n], error[n:])
+
+    change(STUDENTS, "student_loss", loss)
+
+
+PATCHES: dict[str, Callable[[], None]] = {
+    "silu": lambda: activation(F.silu),
+    "relu-squared": lambda: activation(lambda x: F.relu(x).square()),
+    "dropout-0.1": lambda: dropout(0.1),
+    "heads-of-128": lambda: head_size(128),
+    "long-skips": long_skips,
+    "nearest-of-4": lambda: nearest_noise(4),
+    "augmentation": lambda: augmentation(0.12),
+    "mixed-split": mixed_split,
+    "warm-start": lambda: warm_start(100),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    name, script, *flags = sys.argv[1:] if argv is None else argv
+    if name not in PATCHES:
+        raise ValueError(f"unknown patch {name!r}; known are {', '.join(PATCHES)}")
+    PATCHES[name]()
+    importlib.import_module(script.removesuffix(".py")).main(flags)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""The variants that no flag makes: each trains, changes what it says, and nothing else."""
+
+import json
+
+import pytest
+import torch
+from oracle import ORACLE, batch
+from runs import COMMON, TEACHER
+
+import train_student_mnist
+import train_teacher_mnist
+from benchmarks.ablations import patches
+from models import DiT
+
+OF_STUDENTS = {"mixed-split", "warm-start"}
+
+
+@pytest.fixture
+def undo(monkeypatch):
+    """Patches last as long as the test."""
+    def change(modules, name, new):
+        for module in modules:
+            monkeypatch.setattr(module, name, new)
+
+    monkeypatch.setattr(patches, "change", change)
+
+
+def losses(folder) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Losses of a teacher and a student as they are, and the teacher."""
+    folder = tmp_path_factory.mktemp("plain")
+    train_teacher_mnist.main([*TEACHER, "--results-dir", str(folder), "--name", "teacher"])
+    train_student_mnist.main([*COMMON, "--results-dir", str(folder), "--name", "student", "--teacher", str(folder / "teacher")])
+    return folder
+
+
+@pytest.mark.parametrize("name", [name for name in patches.PATCHES if name != "heads-of-128"])
+def test_a_patched_script_trains_another_way(name, plain, undo, tmp_path):
+    if name in OF_STUDENTS:
+        stage, flags = "student", [*COMMON, "--teacher", str(plain / "teacher")]
+    else:
+        stage, flags = "teacher", TEACHER
+    patches.main([name, f"train_{stage}_mnist.py", *flags, "--results-dir", str(tmp_path), "--name", "changed"])
+    changed, unchanged = losses(tmp_path / "changed"), losses(plain / stage)
+    assert len(changed) == len(unchanged) and all(torch.tensor(changed).isfinite())
+    assert changed != unchanged
+
+
+def test_heads(undo):
+    patches.PATCHES["heads-of-128"]()
+    small, none = DiT("DiT-S/8", 32, 3, 10), DiT("DiT-Ti/8", 32, 3, 10)
+    assert [block.attention.num_heads for block in small.blocks] == [3] * 12 and small.rotary_cos.shape == (16, 64)
+    assert none.blocks[0].attention.num_heads == 3                              # 192 is no multiple of 128
+
+
+def test_long_skips_start_as_the_plain_network(undo):
+    torch.manual_seed(0)
+    plain = DiT("DiT-Nano/4", 8, 1, 10)
+    patches.PATCHES["long-skips"]()
+    changed = DiT("DiT-Nano/4", 8, 1, 10)
+    same = {f"{key.replace(key.split('.')[1], key.split('.')[1] + '.block', 1) if key.startswith('blocks.') else key}": value
+            for key, value in plain.state_dict().items()}
+    missing = changed.load_state_dict(same, strict=False)
+    assert set(missing.missing_keys) == {f"blocks.{i}.join.{kind}" for i in (2, 3) for kind in ("weight", "bias")}
+    for block in (*plain.blocks, *(layer.block for layer in changed.blocks)):
+        torch.nn.init.normal_(block.modulation.up.weight, generator=torch.Generator().manual_seed(1))
+    for network in (plain, changed):
+        torch.nn.init.normal_(network.final.out.weight, generator=torch.Generator().manual_seed(2))
+    z, t, y = torch.randn(3, 1, 8, 8), torch.rand(3), torch.arange(3)
+    assert torch.allclose(plain.velocity(z, t, y), changed.velocity(z, t, y), atol=1e-5)
+    with torch.no_grad():
+        changed.blocks[3].join.weight[:, 128:] = torch.eye(128)
+    assert not torch.allclose(plain.velocity(z, t, y), changed.velocity(z, t, y), atol=1e-2)
+
+
+def test_nearest_noise_is_nearer_and_still_noise():
+    torch.manual_seed(0)
+    x, eps = torch.rand(4000, 1, 2, 2) * 2 - 1, torch.randn(4000, 1, 2, 2)
+    near = patches.nearest(x, eps, 4)
+    distances = [(e - x).flatten(1).norm(dim=1).mean() for e in (near, eps)]
+    assert distances[0] < 0.8 * distances[1]
+    kept = (near == eps).flatten(1).all(1).float().mean()
+    assert 0.2 < kept < 0.3                                                     # its own noise is the nearest of four by chance
+    assert torch.equal(patches.nearest(x, eps, 1), eps)
+
+
+def test_warm_start_asks_for_the_trajectory(undo, monkeypatch):
+    """The exact average velocity is its solution: the error is the Euler solver's, and falls with its steps."""
+    z_t, r, t, lam, y = batch(64)
+    errors = []
+    for substeps in (4, 32):
+        patches.warm_start(updates=1, substeps=substeps)
+        loss = train_student_mnist.student_loss
+        parts = loss(ORACLE.u, ORACLE.u, ORACLE.v, z_t, r, t, lam, y, 16, True)
+        assert parts.boundary.max() < 1e-20
+        errors.append(parts.splitting.mean())
+    assert errors[1] < errors[0] / 30                                           # first order: the square of 1 / 8
+    after = loss(ORACLE.u, ORACLE.u, ORACLE.v, z_t, r, t, lam, y, 16, True)
+    assert torch.equal(after.splitting, patches.student_loss(ORACLE.u, ORACLE.u, ORACLE.v, z_t, r, t, lam, y, 16, True).splitting)
+
+
+def test_a_patch_that_no_longer_fits_says_so():
+    with pytest.raises(AttributeError, match="has no gone any more"):
+        patches.change([train_teacher_mnist], "gone", None)
+    with pytest.raises(ValueError, match="unknown patch 'nonsense'; known are silu"):
+        patches.main(["nonsense", "train_teacher.py"])
