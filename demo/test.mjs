@@ -4,7 +4,7 @@
 
 import assert from "node:assert/strict";
 import { execFileSync } from "node:child_process";
-import { mkdtempSync, readFileSync, writeFileSync } from "node:fs";
+import { existsSync, mkdtempSync, readFileSync, writeFileSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
@@ -15,6 +15,8 @@ const here = dirname(fileURLToPath(import.meta.url));
 const root = dirname(here);
 const models = JSON.parse(readFileSync(join(here, "dist/models/models.json")));
 const checkpoints = process.env.CHECKPOINTS?.split(":") ?? models.map(({ name }) => join(root, `checkpoints/student-${name}.safetensors`));
+const environment = join(root, ".venv/bin/python");         // what uv made
+const python = process.env.PYTHON ?? (existsSync(environment) ? environment : "python");
 const shots = process.env.SHOTS;
 const temporary = mkdtempSync(join(tmpdir(), "demo-"));
 
@@ -112,7 +114,7 @@ try {
       const images = { 1: await image(1), 2: await image(2), 4: await image(4) };
       const file = join(temporary, "page.json");
       writeFileSync(file, JSON.stringify({ label: chosen, noise, images }));
-      const printed = execFileSync(process.env.PYTHON ?? "python", ["-m", "demo.reference", checkpoints[i], file], { cwd: root });
+      const printed = execFileSync(python, ["-m", "demo.reference", checkpoints[i], file], { cwd: root });
       const worst = JSON.parse(printed);
       step(`${name}, class ${chosen}: grey levels from PyTorch's image at 1, 2, 4 steps: ${Object.values(worst).join(", ")}`);
       assert.ok(Math.max(...Object.values(worst)) <= 2);

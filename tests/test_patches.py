@@ -38,7 +38,7 @@ def plain(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", [name for name in patches.PATCHES if name != "heads-of-128"])
+@pytest.mark.parametrize("name", [name for name in patches.PATCHES if name not in ("heads-of-128", "compile-whole")])
 def test_a_patched_script_trains_another_way(name, plain, undo, tmp_path):
     if name in OF_STUDENTS:
         stage, flags = "student", [*COMMON, "--teacher", str(plain / "teacher")]
@@ -55,6 +55,14 @@ def test_heads(undo):
     small, none = DiT("DiT-S/8", 32, 3, 10), DiT("DiT-Ti/8", 32, 3, 10)
     assert [block.attention.num_heads for block in small.blocks] == [3] * 12 and small.rotary_cos.shape == (16, 64)
     assert none.blocks[0].attention.num_heads == 3                              # 192 is no multiple of 128
+
+
+def test_compile_whole(undo, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append((type(self), options)))
+    patches.PATCHES["compile-whole"]()
+    DiT("DiT-Nano/4", 8, 1, 10).compile_blocks()
+    assert compiled == [(DiT, {"dynamic": False})]
 
 
 def test_long_skips_start_as_the_plain_network(undo):

@@ -196,6 +196,7 @@ PATCHES: dict[str, Callable[[], None]] = {
     "silu": lambda: activation(F.silu),
     "relu-squared": lambda: activation(lambda x: F.relu(x).square()),
     "dropout-0.1": lambda: dropout(0.1),
+    "compile-whole": lambda: change([dit.DiT], "compile_blocks", lambda self: self.compile(dynamic=False)),
     "heads-of-128": lambda: head_size(128),
     "long-skips": long_skips,
     "nearest-of-4": lambda: nearest_noise(4),
