@@ -24,7 +24,7 @@ import train_teacher_mnist
 from models import dit
 from utils.flow import pad_like, step
 from utils.guidance import Velocity
-from utils.losses import AverageVelocity, StudentLoss, squared_error, student_loss
+from utils.losses import AverageVelocity, StudentLoss, splitting_target, squared_error, student_loss
 
 TEACHERS, STUDENTS = (train_teacher, train_teacher_mnist), (train_student, train_student_mnist)
 
@@ -192,6 +192,27 @@ def warm_start(updates: int, substeps: int = 4) -> None:
     change(STUDENTS, "student_loss", loss)
 
 
+def midpoint_leg() -> None:
+    """The first leg is the teacher's mean velocity to second order in lam, by the midpoint rule: one more evaluation of it.
+
+    With the velocity at z_t alone the student learns the teacher's flow in Euler steps that each take lam of what remains
+    (docs/method.md), so that lam must end small; a second-order leg lets it stay large.
+    """
+    def loss(u: AverageVelocity, u_target: AverageVelocity, v: Velocity, z_t: Tensor, r: Tensor, t: Tensor, lam: Tensor, y: Tensor,
+             num_boundary: int, anchored: bool) -> StudentLoss:
+        n = num_boundary
+        r = torch.cat([t[:n], r[n:]])
+        with torch.no_grad():
+            v_t = v(z_t, t, y)
+            middle = (t - lam * (t - r) / 2)[n:]
+            u_st = v(step(z_t[n:], middle, t[n:], v_t[n:]), middle, y[n:])
+            target = splitting_target(u_target, z_t[n:], r[n:], t[n:], lam[n:], y[n:], u_st)
+        error = squared_error(u(z_t, r, t, y), torch.cat([v_t[:n], target]))
+        return StudentLoss(error[:n], error[n:] / lam[n:].square())
+
+    change(STUDENTS, "student_loss", loss)
+
+
 PATCHES: dict[str, Callable[[], None]] = {
     "silu": lambda: activation(F.silu),
     "relu-squared": lambda: activation(lambda x: F.relu(x).square()),
@@ -203,6 +224,7 @@ PATCHES: dict[str, Callable[[], None]] = {
     "augmentation": lambda: augmentation(0.12),
     "mixed-split": mixed_split,
     "warm-start": lambda: warm_start(100),
+    "midpoint-leg": midpoint_leg,
 }
 
 

@@ -40,6 +40,8 @@ VARIANTS = [
     student("lam-end-0.1", "--lam-law;anneal(0.3, 0.1, 0.8)", "end where rounding divided by lam^2 is a quarter"),
     student("lam-end-0.02", "--lam-law;anneal(0.3, 0.02, 0.8)", "end nearer to the derivative"),
     student("lam-start-0.7", "--lam-law;anneal(0.7, 0.05, 0.8)", "start from halves"),
+    student("midpoint-0.3", "--lam-law;constant(0.3)", "first leg to second order: lam large", patch="midpoint-leg", cost="own"),
+    student("midpoint-0.5-0.2", "--lam-law;anneal(0.5, 0.2, 0.8)", "the same, annealed", patch="midpoint-leg", cost="midpoint-0.3"),
     student("boundary-0.25", "--boundary-share;0.25", "less boundary", cost="own"),
     student("boundary-0.75", "--boundary-share;0.75", "more boundary", cost="own"),
     student("t-uniform", "--t-law;uniform", "times uniform"),
