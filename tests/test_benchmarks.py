@@ -4,10 +4,13 @@ import json
 import sys
 
 import pytest
+import torch
 
-from benchmarks import latent_cost, meanflow, profile_step, scaling, textbook, throughput
+from benchmarks import latent_cost, meanflow, profile_step, scaling, splitting_bias, textbook, throughput
 from benchmarks.report import markdown
 from models import DiT
+from utils.flow import step
+from utils.losses import splitting_target
 
 TINY = ["--model", "DiT-Nano/8", "--image-size", "16", "--batch-size", "16", "--device", "cpu"]
 
@@ -97,3 +100,25 @@ def test_scaling_needs_rows_and_processes(tmp_path):
     (tmp_path / "rows.json").write_text("{}")
     with pytest.raises(ValueError, match="one process has nothing to reduce"):
         scaling.main(["--rows", str(tmp_path / "rows.json"), "--device", "cpu"])
+
+
+@pytest.mark.parametrize(("midpoint", "lam"), [(False, 0.3), (False, 0.05), (True, 0.3)])
+def test_an_anchored_student_is_a_solver(midpoint, lam):
+    """The solver whose bias is tabulated satisfies Eq. 11 exactly, with the same leg: it is what such a student converges to."""
+    sd = 0.5
+
+    def leg(z, s, t):
+        v = splitting_bias.velocity(z, t, sd)
+        return splitting_bias.velocity(step(z, (s + t) / 2, t, v), (s + t) / 2, sd) if midpoint else v
+
+    def u(z, r, t, y):
+        end, now = z, t
+        while (now > 1e-9).any():
+            s = (1 - lam) * now
+            end, now = step(end, s, now, leg(end, s, now)), s
+        return (z - end) / t
+
+    z, t, r = torch.ones(3, dtype=torch.float64), torch.tensor([1.0, 0.7, 0.2]).double(), torch.zeros(3).double()
+    target = splitting_target(u, z, r, t, torch.full_like(t, lam), None, leg(z, (1 - lam) * t, t))
+    torch.testing.assert_close(target, u(z, r, t, None), atol=1e-8, rtol=0)
+    assert abs(splitting_bias.kept(lam, sd, midpoint) - (1 - u(z, r, t, None)[0].item()) / sd) < 1e-8
