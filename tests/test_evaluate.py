@@ -168,11 +168,34 @@ def test_fingerprint_sees_one_bit():
     assert fingerprint(a) != fingerprint(b) and fingerprint(a) == fingerprint(a.clone()) and len(fingerprint(a)) == 8
 
 
-def test_classifier_features_are_means():
+@pytest.mark.parametrize("size", [8, 28, 32])
+def test_classifier_reads_every_size(size):
     torch.manual_seed(0)
     network = Classifier(3, 5, 4).eval()
-    x = torch.randn(2, 3, 16, 16)
-    assert network.features(x).shape == (2, 16) and network(x).shape == (2, 5) and network.features(x).min() >= 0
+    x = torch.randn(2, 3, size, size)
+    features, logits = network.see(x)
+    assert features.shape == (2, 16) and logits.shape == (2, 5) and torch.equal(logits, network(x))
+    assert not torch.equal(features[0], features[1]) and not torch.equal(logits[0], logits[1])
+
+
+def test_first_layer_whitens():
+    """On the images it was set with, the filters' outputs have mean 0, variance 1, and no correlation but with their negatives."""
+    torch.manual_seed(0)
+    x = torch.nn.functional.avg_pool2d(torch.randn(400, 3, 20, 20), 3, 1) * 0.7 - 0.4       # neighbours are alike, as in images
+    network = Classifier(3, 5, 4)
+    network.set_whitening(x)
+    y = network.whiten(x).detach().transpose(0, 1).flatten(1).double()
+    torch.testing.assert_close(y[:12].cov(), torch.eye(12).double(), atol=0.02, rtol=0)
+    torch.testing.assert_close(y[:12], -y[12:])
+    assert y.mean(1).abs().max() < 1e-3
+
+
+def test_shifts_are_each_image_s_own():
+    x = torch.rand(64, 2, 9, 9)
+    moved = train_classifier.shifted(x, 2, torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(x, (2,) * 4, mode="reflect")
+    found = [[(i, j) for i in range(5) for j in range(5) if torch.equal(padded[k, :, i : i + 9, j : j + 9], moved[k])] for k in range(64)]
+    assert all(len(places) == 1 for places in found) and len({places[0] for places in found}) > 15
 
 
 def test_training_evaluates_on_its_way_and_keeps_the_best(folder, tmp_path):

@@ -61,8 +61,9 @@ def classifier_judge(file: str | None, network_class: Callable[..., nn.Module], 
     """
     path = Path(file) if file else RELEASED / f"classifier-{Path(images.name).stem}.safetensors"
     if not path.is_file():
-        raise FileNotFoundError(f"no classifier {path}; make one with python train_classifier.py --data {images.name} and name it with "
-                                "--classifier")
+        advice = (f"make one with python train_classifier.py --data {images.name} and name it with --classifier" if len(images.classes) > 1
+                  else "there can be none without classes: use --features inception")
+        raise FileNotFoundError(f"no classifier {path}; {advice}")
     network, metadata = load_network(path, network_class, ranks.device)
     if metadata["kind"] != "classifier":
         raise ValueError(f"--classifier {path} is a {metadata['kind']}; see train_classifier.py")
@@ -72,8 +73,7 @@ def classifier_judge(file: str | None, network_class: Callable[..., nn.Module], 
                          f"{images.shape[0]}, {images.shape[1]}, {images.classes}")
 
     def see(pixels: Tensor) -> tuple[Tensor, Tensor]:
-        features = network.features(to_range(pixels.to(ranks.device)))
-        return features, network.out(features)
+        return network.see(to_range(pixels.to(ranks.device)))
 
     return Judge(f"{path.stem}-{fingerprint(*network.state_dict().values())}", see, knows_classes=True)
 
