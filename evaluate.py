@@ -27,7 +27,7 @@ from utils import distributed, metrics, report
 from utils.autoencoder import load_autoencoder
 from utils.checkpoints import load_network, resolve_weights
 from utils.config import parse_config, require, to_dict
-from utils.data import load_held_out, load_images, to_range
+from utils.data import check_guidance, load_held_out, load_images, to_range
 from utils.distributed import Ranks
 from utils.evaluation import (
     Judge,
@@ -148,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if (images.shape, images.classes) != (image_shape, metadata["classes"]):
         raise ValueError(f"--data {images.name} has shape {images.shape} and classes {images.classes}; {cfg.checkpoint} was trained on "
                          f"{image_shape[0]} channels and classes {metadata['classes']}")
+    check_guidance(images, cfg.guidance_scale)
     images, held_out = load_held_out(images, cfg.held_out, cfg.data_root, cfg.num_workers)
     judge = (inception_judge(cfg.inception_weights, ranks) if cfg.features == "inception"
              else classifier_judge(cfg.classifier, Classifier, images, ranks))

@@ -1,6 +1,6 @@
 """Stage 2 on CIFAR-10 or your own images: a few-step student u(z, r, t, y) by SplitMeanFlow (arXiv 2507.16884).
 
-    python train_student.py                             from the newest CIFAR-10 teacher in results/, else the released one
+    python train_student.py                             from the newest CIFAR-10 teacher in results/
     python train_student.py --data photos.zip --image-size 64           from the newest teacher of these images
     python train_student.py --split self --lam-law uniform --adaptive-power 0        Algorithm 1 to the letter
 
@@ -79,8 +79,9 @@ class Config(RunConfig):
         require(self, "guidance_scale", math.isfinite(self.guidance_scale), "a number")
         for field in ("ema_decay", "target_decay", "decay_share"):
             require(self, field, 0 <= getattr(self, field) < 1, "in [0, 1)")
-        for field in ("boundary_share", "pinned_share"):
-            require(self, field, 0 <= getattr(self, field) <= 1, "in [0, 1]")
+        require(self, "pinned_share", 0 <= self.pinned_share <= 1, "in [0, 1]")
+        require(self, "boundary_share", 0 < round(self.boundary_share * self.global_batch_size) < self.global_batch_size,
+                f"such that of {self.global_batch_size} samples at least one is boundary and one is not")
         low, high = self.guidance_interval
         require(self, "guidance_interval", 0 <= low <= high <= 1, "two times, 0 <= low <= high <= 1")
         for field in ("num_steps", "pinned_steps"):

@@ -17,7 +17,8 @@ LAMS, SPREADS = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02), (1.0, 0.5, 0.2, 0.05)
 
 def velocity(z: Tensor, t: Tensor, sd: float) -> Tensor:
     """Marginal velocity of N(0, sd^2) at z and t: z std'(t) / std(t)."""
-    return z * (t - (1 - t) * sd**2) / ((1 - t) ** 2 * sd**2 + t**2)
+    left = 1 - t
+    return z * (t - left * sd**2) / (left**2 * sd**2 + t**2)
 
 
 def kept(lam: float, sd: float, midpoint: bool) -> float:

@@ -305,6 +305,20 @@ def test_resolve_weights(tmp_path):
     assert resolve_weights(tmp_path / "run/checkpoints") == newest
 
 
+def test_bad_ones_of_the_same_step_are_all_kept(three):
+    first = contents(shutil.copytree(three / "step_00000001", three / "step_00000003.bad"))
+    harm(three / "step_00000003", "ema.safetensors foreign")
+    read_latest(three, NAMES, lambda text: None)
+    assert names(three) == ["step_00000001", "step_00000002", "step_00000003.bad", "step_00000003.bad2"]
+    assert contents(three / "step_00000003.bad") == first
+
+
+def test_another_rank_may_set_it_aside_first(three):
+    harm(three / "step_00000003", "ema.safetensors foreign")
+    _, found = read_latest(three, NAMES, lambda text: (three / "step_00000003").rename(three / "step_00000003.bad"))
+    assert found["step"] == 2 and names(three) == ["step_00000001", "step_00000002", "step_00000003.bad"]
+
+
 def test_resolve_weights_passes_over_bad_and_unfinished_ones(three):
     shutil.copytree(three / "step_00000003", three / "step_00000004.bad")
     killed_while_writing(three, 9)

@@ -118,7 +118,9 @@ TEACHERS = [
     (["--model", "DiT-M/2"], "DiT-M/2", "DiT-Ti/2"),
 ]
 STUDENTS = [
-    (["--boundary-share", "1.5"], "--boundary-share 1.5: must be in [0, 1]"),
+    (["--boundary-share", "1"], "--boundary-share 1.0: must be such that of 512 samples at least one is boundary and one is not"),
+    (["--boundary-share", "0.0001"], "--boundary-share 0.0001: must be such that of 512 samples"),
+    (["--pinned-share", "1.5"], "--pinned-share 1.5: must be in [0, 1]"),
     (["--pinned-share", "-1"], "--pinned-share -1.0: must be in [0, 1]"),
     (["--pinned-steps", "0"], "0: must be one or more counts, each at least 1"),
     (["--num-steps", "1", "0"], "1 0: must be one or more counts, each at least 1"),

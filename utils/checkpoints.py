@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -170,11 +171,11 @@ def read_latest(folder: Path, names: Sequence[str], warn: Callable[[str], None],
             bad.append((path, error))
             continue
         for bad_path, error in bad:
-            aside = bad_path.with_name(bad_path.name + ".bad")
+            taken = sum(1 for _ in folder.glob(f"{bad_path.name}.bad*"))
+            aside = bad_path.with_name(f"{bad_path.name}.bad{taken + 1 if taken else ''}")
             warn(f"{error}. Set aside as {aside}; going on from the previous good one, {path}")
-            if aside.exists():
-                shutil.rmtree(aside)
-            bad_path.rename(aside)
+            with suppress(FileNotFoundError):                   # another rank was faster
+                bad_path.rename(aside)
         return result
     if bad:
         raise CheckpointError(f"no checkpoint in {folder} is good: " + "; ".join(str(error) for _, error in bad))

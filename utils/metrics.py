@@ -105,7 +105,8 @@ def nearest(queries: Tensor, real: Tensor, count: int = 1, batch_size: int = 500
 
 
 class Memorisation(NamedTuple):
-    """How near samples are to the training set, beside held-out images, which cannot have been memorised.
+    """How near samples are to the training set, beside held-out images. (Those of a named set and
+    of --held-out cannot have been memorised; a tenth of the training images can, so there copies pass for chance.)
 
     ratio: median distance to the nearest training image, over that of held-out images; well below 1 is suspicious.
     copies: share of samples nearer than all but 1 % of the held-out images are; 0.01 is what chance gives.

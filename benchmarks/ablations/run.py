@@ -77,6 +77,11 @@ def spike(norms: Sequence[float], window: int = 20) -> float:
     return max((norm / statistics.median(norms[max(0, i - window) : i]) for i, norm in enumerate(norms) if i >= 3), default=1.0)
 
 
+def settings(cfg: Config) -> dict[str, Any]:
+    """What all runs of one table share."""
+    return {"seconds": cfg.seconds, "data": cfg.data, "flags": cfg.flags, "teacher": cfg.teacher}
+
+
 def measure(variant: Variant, seed: int, cfg: Config) -> dict[str, Any]:
     """Train and evaluate one variant. A run that ends in NaN is a result too."""
     folder, half = Path(cfg.results_dir), cfg.probe_steps // 2
@@ -86,9 +91,9 @@ def measure(variant: Variant, seed: int, cfg: Config) -> dict[str, Any]:
     config = json.loads((folder / probe / "config.json").read_text())
     speed = read_lines(folder / probe / "metrics.jsonl")[-1]["images_per_second"]
     steps = max(1, round(cfg.seconds * speed / config["global_batch_size"]))
-    name = f"{variant.name}-seed{seed}"
+    name = f"{variant.name}-{cfg.seconds:g}s-seed{seed}"
     line = command(variant, seed, steps, cfg, name, max(1, steps // 100), ["--eval-every", str(steps)])
-    result = {"variant": variant.name, "seed": seed, "steps": steps, "seconds": cfg.seconds, "images_per_second": speed,
+    result = {"variant": variant.name, "seed": seed, "steps": steps, **settings(cfg), "images_per_second": speed,
               "command": shlex.join(["python", *line])}
     try:
         start(line)
@@ -100,6 +105,10 @@ def measure(variant: Variant, seed: int, cfg: Config) -> dict[str, Any]:
     norms = [row["grad_norm"] for row in rows]
     return {**result, "spike": spike(norms), "norms": [[row["step"], round(row["grad_norm"], 5)] for row in rows],
             **{key: value for key, value in evaluations[-1].items() if key != "step"}}
+
+
+def of_this_table(file: Path, cfg: Config) -> list[dict[str, Any]]:
+    return [row for row in read_lines(file) if settings(cfg).items() <= row.items()]
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -152,16 +161,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not cfg.table_only:
         for seed in cfg.seeds:                              # all variants once before any a second time
             for variant in VARIANTS:
-                known = {(row["variant"], row["seed"], row["seconds"]) for row in read_lines(file)}
-                if (cfg.only and variant.name not in cfg.only) or (variant.name, seed, cfg.seconds) in known:
+                known = any(row["variant"] == variant.name and row["seed"] == seed for row in of_this_table(file, cfg))
+                if (cfg.only and variant.name not in cfg.only) or known:
                     continue
                 result = measure(variant, seed, cfg)
                 with open(file, "a") as lines:
                     lines.write(json.dumps(result) + "\n")
                 print({key: value for key, value in result.items() if key not in ("command", "norms")}, flush=True)
-    results = [row for row in read_lines(file) if row["seconds"] == cfg.seconds]
+    results = of_this_table(file, cfg)
     if not results:
-        raise ValueError(f"{file} holds no result of --seconds {cfg.seconds} yet")
+        raise ValueError(f"{file} holds no result of --seconds {cfg.seconds} and these --data, --flags and --teacher yet")
     (out / "table.md").write_text(table(results))
     save_norms(results, out / "gradient_norm.png")
     print(f"{out / 'table.md'}: {len(results)} runs")
