@@ -129,6 +129,15 @@ def find_own_teacher(checkpoint: str, teacher: str | None) -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
+def label(checkpoint: Path) -> str:
+    """Name for a checkpoint's results: its own, after the run it lies in, since all runs have files of the same names."""
+    for run in checkpoint.parents:
+        if (run / "config.json").is_file():
+            inside = checkpoint.relative_to(run).with_suffix("").parts
+            return "-".join([run.name, *(part for part in inside if part != "checkpoints")])
+    return checkpoint.stem
+
+
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse_config(Config, argv, __doc__)
@@ -173,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Each row: samples of every seed.
     y = even_labels(cfg.num_images, images)
     held_nearest, _ = metrics.nearest(floor_features.features[:2000], reference.features)
-    out = Path(cfg.out or f"results/evaluation-{Path(cfg.checkpoint).stem}")
+    out = Path(cfg.out or f"results/evaluation-{label(Path(cfg.checkpoint))}")
     out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     from_teacher = None

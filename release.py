@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if target.exists() and not (target / "model.safetensors").is_file():
         raise ValueError(f"{target} is no model folder: not overwritten")
-    run = source.parent.parent.parent if source.name == "ema.safetensors" else source.with_suffix("")   # run/checkpoints/step_X/ema...
+    places = {"ema.safetensors": source.parent.parent.parent, "best.safetensors": source.parent}       # run/checkpoints/step_X/ema...
+    run = places.get(source.name, source.with_suffix(""))
     card = model_card(cfg.push or target.name, metadata, run, Path(cfg.evaluation) if cfg.evaluation else None)
     network = build_network(**metadata["architecture"])
     network.load_state_dict(weights)

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["train_teacher_mnist.py", "train_teacher.py", "train_student_mnist.py", "train_student.py"]
-SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("models/*.py"), *ROOT.glob("utils/*.py"), *ROOT.glob("benchmarks/*.py")])
+SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("models/*.py"), *ROOT.glob("utils/*.py"), *ROOT.glob("benchmarks/**/*.py")])
 OURS = {"models", "utils", "benchmarks", *(path.stem for path in ROOT.glob("*.py"))}
 
 

@@ -223,3 +223,13 @@ def test_training_without_its_judge_stops_before_it_starts(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="train_classifier.py --data digits"):
         train_teacher_mnist.main(["--data", "digits", "--results-dir", str(tmp_path), "--eval-every", "5", "--device", "cpu"])
     assert not list(tmp_path.iterdir())
+
+
+def test_results_are_named_after_their_run(tmp_path):
+    run = tmp_path / "student-photos"
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    assert evaluate.label(run) == "student-photos" and evaluate.label(tmp_path / "student-mnist.safetensors") == "student-mnist"
+    assert evaluate.label(run / "best.safetensors") == "student-photos-best"
+    assert evaluate.label(run / "checkpoints/step_00000100/ema.safetensors") == "student-photos-step_00000100-ema"
+    assert evaluate.label(run / "checkpoints/step_00000100") == "student-photos-step_00000100"
