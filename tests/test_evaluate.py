@@ -117,7 +117,8 @@ def test_damage_is_seen_by_the_metric_that_should(folder, capsys):
     real, blurred, noisy, dropped, repeated, copied = (
         {key: float(cell.split()[0]) for key, cell in zip(columns, line) if cell.strip() and key not in ("", "evaluations")}
         for line in lines[2:])
-    assert blurred["FD"] > 5 * real["FD"] and blurred["precision"] < 0.5 * real["precision"]
+    assert blurred["FD"] > 5 * real["FD"] and blurred["recall"] < 0.1 * real["recall"]     # precision sees it on MNIST only: README
+    assert blurred["class accuracy"] < 0.5 * real["class accuracy"] and blurred["neighbour ratio"] > 1.5
     assert noisy["FD"] > real["FD"]
     assert dropped["FD"] > 1.5 * real["FD"] and dropped["precision"] > 0.9 * real["precision"]
     assert repeated["recall"] < 0.5 * real["recall"] and repeated["precision"] > 0.9 * real["precision"]
