@@ -91,9 +91,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     if cfg.compile and ranks.device.type == "cuda":
+        start = time.monotonic()
         network.compile_blocks()
         filled = -(-len(y) // cfg.batch_size) * cfg.batch_size                  # one shape: the last batch is filled up
         y = torch.cat([y, y[-1:].expand(filled - len(y))])
+        with ranks.autocast():
+            warm = torch.zeros(min(cfg.batch_size, len(y)), *shape, device=ranks.device)
+            v(warm, warm[:, 0, 0, 0], y[: len(warm)].to(ranks.device))
+        torch.cuda.synchronize()
+        tqdm.write(f"compiled in {time.monotonic() - start:.1f} s")
 
     for num_steps in cfg.num_steps or ((1, 2, 4) if student else (25,)):
         noise = generator(ranks.device, cfg.seed, "noise")
@@ -108,7 +114,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                     states = sample_velocity(v, z, labels.to(ranks.device), num_steps, cfg.method, trajectory=first is None)
             if first is None:
                 first, states = states[:, : min(100, cfg.num_images)], states[-1]
-            pixels.append(to_pixels(decode(states)).cpu())
+            pixels.append(to_pixels(decode(states)).to("cpu", non_blocking=True))       # the next batch need not wait for it
+        if ranks.device.type == "cuda":
+            torch.cuda.synchronize()
         pixels, seconds = torch.cat(pixels)[: cfg.num_images], time.monotonic() - start
         name = f"{num_steps}step"
         if "grid" in cfg.formats:

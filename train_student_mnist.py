@@ -45,7 +45,7 @@ class Config(RunConfig):
     data: str = "mnist"                         # mnist, cifar10, digits, or the path of a folder or zip of images
     teacher: str | None = None                  # file, checkpoint or run folder; None: newest matching run, else the released one
     model: str | None = None                    # the student has its teacher's size; if given, it must be that
-    steps: int = 3_600                          # updates in all
+    steps: int = 6_000                          # updates in all
     optimizer: Literal["muon", "adamw"] = "muon"    # muon: Muon for the blocks' matrices, AdamW for the rest
     lr: float = 5e-4                            # learning rate of AdamW
     muon_lr: float = 0.01                       # learning rate of Muon

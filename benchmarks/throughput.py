@@ -5,8 +5,8 @@
     python -m benchmarks.throughput --rows teacher student --num-gpus 1 2    each GPU keeps its batch
 
 Every row is a process of its own on random images. Training scripts are started by their own command line and read by their
-metrics.jsonl: nothing of them is copied here. Each row runs twice, first on an empty compile cache for one update, then for
-`--windows` x `--steps` updates after a warm-up; medians over the windows, with the least and the greatest.
+metrics.jsonl: nothing of them is copied here. They run twice, first on an empty compile cache for one update, then, as the
+others, for `--windows` x `--steps` updates after a warm-up; medians over the windows, with the least and the greatest.
 Writes rows.json, table.md and plot.png into --out.
 """
 
@@ -48,7 +48,7 @@ class Config:
     image_size: int = 32                        # side of the random images
     steps: int = 20                             # updates in a window
     windows: int = 5                            # windows that are measured
-    cold: bool = True                           # also measure the first update on an empty compile cache
+    cold: bool = True                           # also measure a training script's first update on an empty compile cache
     num_workers: int = 8                        # worker processes of the textbook loop
     compile: bool = True                        # torch.compile where the row would
     device: str = "auto"                        # auto, cuda, cpu
@@ -150,7 +150,7 @@ def measure(name: str, model: str, batch: int, gpus: int, cfg: Config, folder: P
     run = f"{name}-{model}-{batch}-{gpus}".replace("/", "-")
     cache, cold = folder / "caches" / run, None
     for kind, steps in (("cold", 1), ("warm", (cfg.windows + 1) * cfg.steps)):
-        if kind == "cold" and not cfg.cold:
+        if kind == "cold" and not (cfg.cold and name.startswith(("teacher", "student"))):
             continue
         line = command(name, model, batch, gpus, steps, cfg, folder, f"{kind}-{run}")
         first, rows = launch(line, folder / "results" / f"{kind}-{run}" / "metrics.jsonl", cache)
@@ -175,6 +175,17 @@ def matmul_ceiling(size: int = 8192) -> float:
     return 2 * size**3 / statistics.median(times[3:]) / 1e12
 
 
+def save(rows: list[Row], ceiling: float | None, cfg: Config) -> None:
+    """Write rows.json, table.md and plot.png."""
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    device = "cpu" if ceiling is None else torch.cuda.get_device_name()
+    facts = {"device": device, "torch": torch.__version__, "matmul_tflops": ceiling, "steps": cfg.steps, "image_size": cfg.image_size}
+    (out / "rows.json").write_text(json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
+    (out / "table.md").write_text(markdown(rows, ceiling))
+    plot(rows, out / "plot.png", device)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse_config(Config, argv, __doc__)
     on_gpu = torch.cuda.is_available() and cfg.device != "cpu"
@@ -194,16 +205,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                         if gpus > 1 and name.startswith(("textbook", "meanflow")):
                             continue
                         rows.append(measure(name, model, batch, gpus, cfg, folder))
+                        save(rows, ceiling, cfg)            # what is measured is kept, whatever the next row does
                         tqdm.write(f"{name} {model} batch {batch} x {gpus}: {rows[-1].median:.0f} images/s", file=sys.stderr)
-    out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
-    device = torch.cuda.get_device_name() if on_gpu else "cpu"
-    facts = {"device": device, "torch": torch.__version__, "matmul_tflops": ceiling, "steps": cfg.steps, "image_size": cfg.image_size}
-    (out / "rows.json").write_text(json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
-    table = markdown(rows, ceiling)
-    (out / "table.md").write_text(table)
-    plot(rows, out / "plot.png", device)
-    print(table)
+    print(markdown(rows, ceiling))
 
 
 if __name__ == "__main__":

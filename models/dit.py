@@ -5,15 +5,15 @@ axial rotary embedding beside a learned position table, and an adaLN of low rank
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange
-from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.embeddings import TimeEmbedding, rotary_table, rotate
-from models.hub import HubModel
+from models.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,30 @@ class Attention(nn.Module):
         return self.out(rearrange(x, "b h t d -> b t (h d)"))
 
 
+class SquaredReLU(torch.autograd.Function):
+    """relu(x)^2, any shape, whose derivative 2 relu(x) is read off the result instead of the input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = F.relu(x)
+        x = x * x                                           # autocast would compute `square`, and keep it, in float32
+        ctx.save_for_backward(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad * ctx.saved_tensors[0].sqrt()
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """relu(x)^2, any shape (So et al., arXiv 2109.08668).
+
+    The linear layer behind it keeps the result for its own backward pass. Compiled, the input need then not be kept too,
+    a fifth of a block's activations; eagerly, the plain product also has the forward derivatives of a JVP.
+    """
+    return SquaredReLU.apply(x) if torch.compiler.is_dynamo_compiling() else F.relu(x) * F.relu(x)
+
+
 class MLP(nn.Module):
     def __init__(self, width: int, ratio: int = 4):
         super().__init__()
@@ -90,7 +114,7 @@ class MLP(nn.Module):
         self.out = nn.Linear(ratio * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(F.gelu(self.hidden(x), approximate="tanh"))
+        return self.out(squared_relu(self.hidden(x)))
 
 
 class Block(nn.Module):
@@ -122,7 +146,7 @@ class Final(nn.Module):
         return self.out(modulate(rms_norm(x), *self.modulation(c)))
 
 
-class DiT(nn.Module, HubModel):
+class DiT(Transformer):
     """Average velocity u(z, r, t, y) of a student, or velocity v(z, t, y) of a teacher.
 
     Args:
@@ -154,7 +178,7 @@ class DiT(nn.Module, HubModel):
         self.patch_size, self.grid_size = patch_size, image_size // patch_size
         self.null_class = num_classes
 
-        self.patch_embed = PatchEmbed(image_size, patch_size, num_channels, size.width)
+        self.patch_embed = nn.Linear(patch_size**2 * num_channels, size.width, bias=False)
         self.position = nn.Parameter(torch.empty(1, self.grid_size**2, size.width))
         self.time_embed = TimeEmbedding(size.width)
         self.interval_embed = TimeEmbedding(size.width) if interval else None
@@ -173,8 +197,6 @@ class DiT(nn.Module, HubModel):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))        # as the linear layer that it is
-        nn.init.zeros_(self.patch_embed.proj.bias)
         for weight in (self.position, self.label_embed.weight):
             nn.init.normal_(weight, std=0.02)
         # adaLN-Zero: every block starts as the identity, and the network's output at zero.
@@ -196,27 +218,13 @@ class DiT(nn.Module, HubModel):
         Returns:
             (B, C, H, W), float32.
         """
-        x = self.patch_embed(z).contiguous()                # channels last: the whole residual stream inherits this layout
+        p = self.patch_size
+        x = self.patch_embed(rearrange(z, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p))
         x = x + self.position.to(x.dtype)                                           # (B, T, D)
         c = self.time_embed(t) + self.label_embed(y)
         if self.interval_embed is not None:
             c = c + self.interval_embed(t - r)
         c = F.silu(c)                                                               # (B, D)
-        for block in self.blocks:
-            x = block(x, c, self.rotary_cos, self.rotary_sin)
+        x = self.through_blocks(x, c, self.rotary_cos, self.rotary_sin)
         x = self.final(x, c)                                                        # (B, T, p * p * C)
-        return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.grid_size, p=self.patch_size, q=self.patch_size).float()
-
-    @property
-    def layers(self) -> list[nn.Module]:
-        """Nearly all of the work, in pieces that are compiled, and split among processes, one by one."""
-        return [*self.blocks, self.final]
-
-    def compile_blocks(self) -> None:
-        """torch.compile the layers. The blocks share one graph, so twelve compile as fast as one."""
-        for layer in self.layers:
-            layer.compile(dynamic=False)
-
-    def velocity(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Instantaneous velocity v(z, t, y), which is u(z, t, t, y) by definition. Shapes as in `forward`."""
-        return self(z, t, t, y)
+        return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.grid_size, p=p, q=p).float()

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from models.dit import Preset, modulate
 from models.embeddings import TimeEmbedding
-from models.hub import HubModel
+from models.transformer import Transformer
 
 SIZES = {
     "S": Preset(depth=12, width=384, num_heads=6),
@@ -146,7 +146,7 @@ class Final(nn.Module):
         return self.out(modulate(layer_norm(x), *self.modulation(c).chunk(2, dim=1)))
 
 
-class SiT(nn.Module, HubModel):
+class SiT(Transformer):
     """Average velocity u(z, r, t, y) of a student, or velocity v(z, t, y) of a teacher, in our convention; see `models.dit.DiT`.
 
     Args:
@@ -221,22 +221,7 @@ class SiT(nn.Module, HubModel):
         if self.interval_embed is not None:
             c = c + self.interval_embed(interval)
         c = F.silu(c)                                                               # (B, D)
-        for block in self.blocks:
-            x = block(x, c)
+        x = self.through_blocks(x, c)
         x = self.final(x, c)                                                        # (B, T, p * p * C)
         x = x.unflatten(2, (self.patch_size, self.patch_size, -1)).unflatten(1, (self.grid_size, self.grid_size))
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3).float()      # (B, G, G, p, p, C) to (B, C, H, W)
-
-    @property
-    def layers(self) -> list[nn.Module]:
-        """Nearly all of the work, in pieces that are compiled, and split among processes, one by one."""
-        return [*self.blocks, self.final]
-
-    def compile_blocks(self) -> None:
-        """torch.compile the layers. The blocks share one graph, so they compile as fast as one."""
-        for layer in self.layers:
-            layer.compile(dynamic=False)
-
-    def velocity(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Instantaneous velocity v(z, t, y), which is u(z, t, t, y) by definition. Shapes as in `forward`."""
-        return self(z, t, t, y)

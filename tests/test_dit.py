@@ -1,7 +1,11 @@
+from copy import deepcopy
+
 import pytest
 import torch
 
 from models import PRESETS, DiT, student_from_teacher
+from models.dit import SquaredReLU, squared_relu
+from models.transformer import Stack
 from models.embeddings import rotary_table, rotate
 
 
@@ -160,3 +164,40 @@ def test_modulation_is_small():
     network = DiT("DiT-S/2", 32, 3, 10)
     modulation = sum(p.numel() for name, p in network.named_parameters() if "modulation" in name)
     assert modulation / sum(p.numel() for p in network.parameters()) < 0.08
+
+
+def test_compiled_in_stacks_it_is_the_same_network(monkeypatch):
+    network = randomised(DiT("DiT-Nano/4", 8, 1, 3, interval=True))
+    names, given = set(network.state_dict()), inputs()
+    expected = network(*given)
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append(type(self).__name__))
+    for at_once, parts in ((1, ["Stack"] * 4), (3, ["Stack"] * 2), (4, ["Stack"])):
+        compiled.clear()
+        network.compile_blocks(at_once)
+        assert compiled == [*parts, "Final"] and [len(stack.blocks) for stack in network.stacks] == {1: [1] * 4, 3: [3, 1], 4: [4]}[at_once]
+        assert set(network.state_dict()) == names and torch.equal(network(*given), expected)
+    again = deepcopy(network)
+    torch.nn.init.zeros_(again.blocks[0].mlp.out.weight)                        # a copy's stacks are its own blocks
+    assert not torch.equal(again(*given), expected) and torch.equal(network(*given), expected)
+
+
+def test_a_stack_is_one_graph():
+    network = randomised(DiT("DiT-Nano/4", 8, 1, 3))
+    stack, x, c = Stack(network.blocks), torch.randn(2, 4, 128), torch.randn(2, 128)
+    plain = stack(x, c, network.rotary_cos, network.rotary_sin)
+    stack.compile(backend="aot_eager", fullgraph=True)                          # an error, were it several
+    torch.testing.assert_close(stack(x, c, network.rotary_cos, network.rotary_sin), plain)
+
+
+def test_squared_relu():
+    x = torch.tensor([-2.0, 0.0, 0.5, 3.0], requires_grad=True)
+    for activation in (squared_relu, SquaredReLU.apply, torch.compile(squared_relu, backend="aot_eager", fullgraph=True)):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.clone()) or tensor, lambda tensor: tensor):
+            y = activation(x)
+        (slope,) = torch.autograd.grad(y.sum(), x)
+        assert y.tolist() == [0, 0, 0.25, 9] and slope.tolist() == [0, 0, 1, 6]
+        if activation is not squared_relu:
+            assert [tensor.tolist() for tensor in kept] == [[0, 0, 0.25, 9]]    # the result, which the next layer keeps anyway
+    assert torch.func.jvp(squared_relu, (x.detach(),), (torch.ones(4),))[1].tolist() == [0, 0, 1, 6]

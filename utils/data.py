@@ -185,7 +185,7 @@ class Batches:
         """The shuffled indices of one epoch, (N,). Kept for the epochs of one batch at a time."""
         if epoch not in self.orders:
             shuffle = torch.Generator().manual_seed(fold(self.seed, "epoch", epoch))    # on the CPU: alike on every device
-            self.orders[epoch] = torch.randperm(len(self.labels), generator=shuffle).to(self.home)
+            self.orders[epoch] = torch.randperm(len(self.labels), generator=shuffle).to(self.home, non_blocking=True)
         return self.orders[epoch]
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:

@@ -59,6 +59,7 @@ def save_plot(path: Path, rows: list[dict[str, Any]], floor: dict[str, float]) -
     axis.axhline(floor["frechet_distance"], color="gray", linestyle="--", label="real held-out images")
     axis.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel="Frechet distance")
     axis.set_xticks([row["evaluations"] for row in rows], [str(row["evaluations"]) for row in rows], minor=False)
+    axis.minorticks_off()
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(path, dpi=110)

@@ -1,6 +1,6 @@
 """Variants that the training scripts have no flag for: each changes one thing in the process that runs a script as it is.
 
-    python -m benchmarks.ablations.patches relu-squared train_teacher.py --name relu-squared --steps 1000
+    python -m benchmarks.ablations.patches gelu train_teacher.py --name gelu --steps 1000
 
 What wins here moves into the scripts; what loses leaves no trace in them. The weights of a changed network load only into a
 process with the same change.
@@ -38,14 +38,14 @@ def change(modules: Sequence[Any], name: str, new: Any) -> None:
 
 
 def activation(function: Callable[[Tensor], Tensor]) -> None:
-    """Another activation in place of GELU."""
+    """Another activation in place of the squared ReLU."""
     change([dit.MLP], "forward", lambda self, x: self.out(function(self.hidden(x))))
 
 
 def dropout(rate: float) -> None:
     """Dropout of the MLP's hidden values while training; the EMA, which is sampled, has none."""
     def forward(self: dit.MLP, x: Tensor) -> Tensor:
-        return self.out(F.dropout(F.gelu(self.hidden(x), approximate="tanh"), rate, self.training))
+        return self.out(F.dropout(dit.squared_relu(self.hidden(x)), rate, self.training))
 
     change([dit.MLP], "forward", forward)
 
@@ -55,6 +55,12 @@ def head_size(size: int) -> None:
     change([dit], "PRESETS", {
         name: (dit.Preset(preset.depth, preset.width, preset.width // size) if preset.width % size == 0 else preset, patch_size)
         for name, (preset, patch_size) in dit.PRESETS.items()})
+
+
+def compile_blocks() -> None:
+    """Each block is a graph of its own."""
+    compile_several = dit.DiT.compile_blocks
+    change([dit.DiT], "compile_blocks", lambda self: compile_several(self, at_once=1))
 
 
 class Keep(nn.Module):
@@ -104,6 +110,7 @@ def long_skips() -> None:
                                      for i, block in enumerate(self.blocks)][: 2 * half])
 
     change([dit.DiT], "__init__", with_skips)
+    compile_blocks()                                        # what Keep keeps would be lost inside a graph of several
 
 
 def nearest(x: Tensor, eps: Tensor, count: int) -> Tensor:
@@ -215,7 +222,7 @@ def midpoint_leg() -> None:
 
 PATCHES: dict[str, Callable[[], None]] = {
     "silu": lambda: activation(F.silu),
-    "relu-squared": lambda: activation(lambda x: F.relu(x).square()),
+    "gelu": lambda: activation(lambda x: F.gelu(x, approximate="tanh")),
     "dropout-0.1": lambda: dropout(0.1),
     "compile-whole": lambda: change([dit.DiT], "compile_blocks", lambda self: self.compile(dynamic=False)),
     "heads-of-128": lambda: head_size(128),

@@ -73,7 +73,7 @@ VARIANTS = [
     teacher("teacher-augmentation", "", "rotations and shifts that the network is told of", patch="augmentation", cost="own"),
     teacher("teacher-long-skips", "", "later blocks see earlier ones", patch="long-skips", cost="own"),
     teacher("teacher-nearest-of-4", "", "noise near its image", patch="nearest-of-4", cost="own"),
-    teacher("teacher-silu", "", "SiLU for GELU", patch="silu", cost="own"),
-    teacher("teacher-relu-squared", "", "squared ReLU for GELU", patch="relu-squared", cost="own"),
+    teacher("teacher-silu", "", "SiLU for squared ReLU", patch="silu", cost="own"),
+    teacher("teacher-gelu", "", "GELU for squared ReLU", patch="gelu", cost="own"),
     teacher("teacher-heads-of-128", "", "3 heads of 128 for 6 of 64", patch="heads-of-128", cost="own"),
 ]
