@@ -67,7 +67,7 @@ class Config:
     num_images: int = 10_000                    # samples of each row and seed; 50000 for the record
     seeds: int = 3                              # sets of samples, from other noise
     teacher: str | None = None                  # of a student, for the distance from it; None: the one beside the checkpoint, if any
-    batch_size: int = 500                       # images at a time
+    batch_size: int | None = None               # images at a time; None: 500 on a GPU, 50 on a CPU
     device: str = "auto"                        # auto, cuda, cpu
     num_workers: int = 4                        # threads that decode image files
     autoencoder: str | None = None              # of a network of latents: hub id or folder; None: where it was in training
@@ -75,8 +75,9 @@ class Config:
     cache: str = "results/features"             # folder that keeps the training split's features
 
     def __post_init__(self) -> None:
-        for field in ("num_images", "seeds", "batch_size"):
+        for field in ("num_images", "seeds"):
             require(self, field, getattr(self, field) >= 1, "at least 1")
+        require(self, "batch_size", self.batch_size is None or self.batch_size >= 1, "at least 1, or None")
         require(self, "num_steps", all(n >= 1 for n in self.num_steps), "counts of at least 1")
         require(self, "guidance_scale", len(self.guidance_scale) > 0, "one or more numbers")
 
@@ -195,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, evaluations, sample in rows_of(network, student, cfg):
         seeds = []
         for seed in tqdm(range(cfg.seeds), name, disable=None):
-            pixels = draw(sample, y, shape, seed, ranks, cfg.batch_size, autoencoder.decode)
+            pixels = draw(sample, y, shape, seed, ranks, cfg.batch_size or ranks.batch_size, autoencoder.decode)
             metrics.check_pixels(pixels, least, "samples")
             seen = judge(pixels)
             numbers = compare(judge, seen, y, reference)

@@ -41,14 +41,14 @@ class Config:
     seed: int = 0                               # of the noise; the same for every number of steps
     formats: tuple[Literal["grid", "png", "npz", "gif"], ...] = ("grid",)   # grid.png, single PNGs, uint8 arrays, trajectory GIF
     out: str = "samples"                        # folder to write to
-    batch_size: int = 500                       # images at a time
+    batch_size: int | None = None               # images at a time; None: 500 on a GPU, 50 on a CPU
     compile: bool = False                       # torch.compile the network (on CUDA only): pays from some 20,000 images on
     device: str = "auto"                        # auto, cuda, cpu
     autoencoder: str | None = None              # of a network of latents: hub id or folder; None: where it was in training
 
     def __post_init__(self) -> None:
-        for field in ("num_images", "batch_size"):
-            require(self, field, getattr(self, field) >= 1, "at least 1")
+        require(self, "num_images", self.num_images >= 1, "at least 1")
+        require(self, "batch_size", self.batch_size is None or self.batch_size >= 1, "at least 1, or None")
         require(self, "num_steps", all(n >= 1 for n in self.num_steps), "counts of at least 1")
         require(self, "formats", len(self.formats) > 0, "one or more of grid, png, npz, gif")
 
@@ -90,13 +90,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     v = guided_velocity(network.velocity, network.null_class, cfg.guidance_scale)
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
+    batch_size = cfg.batch_size or ranks.batch_size
     if cfg.compile and ranks.device.type == "cuda":
         start = time.monotonic()
         network.compile_blocks()
-        filled = -(-len(y) // cfg.batch_size) * cfg.batch_size                  # one shape: the last batch is filled up
+        filled = -(-len(y) // batch_size) * batch_size                  # one shape: the last batch is filled up
         y = torch.cat([y, y[-1:].expand(filled - len(y))])
         with ranks.autocast():
-            warm = torch.zeros(min(cfg.batch_size, len(y)), *shape, device=ranks.device)
+            warm = torch.zeros(min(batch_size, len(y)), *shape, device=ranks.device)
             v(warm, warm[:, 0, 0, 0], y[: len(warm)].to(ranks.device))
         torch.cuda.synchronize()
         tqdm.write(f"compiled in {time.monotonic() - start:.1f} s")
@@ -105,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         noise = generator(ranks.device, cfg.seed, "noise")
         renoise = generator(ranks.device, cfg.seed, "renoise") if cfg.renoise else None
         pixels, first, start = [], None, time.monotonic()
-        for labels in tqdm(y.split(cfg.batch_size), f"{num_steps} steps", disable=None):
+        for labels in tqdm(y.split(batch_size), f"{num_steps} steps", disable=None):
             z = torch.randn(len(labels), *shape, generator=noise, device=ranks.device)
             with ranks.autocast():
                 if student:

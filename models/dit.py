@@ -104,7 +104,10 @@ def squared_relu(x: Tensor) -> Tensor:
     The linear layer behind it keeps the result for its own backward pass. Compiled, the input need then not be kept too,
     a fifth of a block's activations; eagerly, the plain product also has the forward derivatives of a JVP.
     """
-    return SquaredReLU.apply(x) if torch.compiler.is_dynamo_compiling() else F.relu(x) * F.relu(x)
+    if torch.compiler.is_dynamo_compiling():
+        return SquaredReLU.apply(x)
+    x = F.relu(x)
+    return x * x
 
 
 class MLP(nn.Module):

@@ -16,7 +16,6 @@ import math
 import re
 
 import torch
-from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -179,6 +178,8 @@ class SiT(Transformer):
         self.patch_size, self.grid_size = patch_size, image_size // patch_size
         self.null_class = num_classes
         self.data_at_one, self.time_scale = time_direction == "data-at-one", time_scale
+
+        from timm.layers import PatchEmbed  # slow to import
 
         self.patch_embed = PatchEmbed(image_size, patch_size, num_channels, size.width)
         self.register_buffer("position", position_table(self.grid_size, size.width))        # saved with the weights, never trained

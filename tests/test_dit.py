@@ -5,8 +5,8 @@ import torch
 
 from models import PRESETS, DiT, student_from_teacher
 from models.dit import SquaredReLU, squared_relu
-from models.transformer import Stack
 from models.embeddings import rotary_table, rotate
+from models.transformer import Stack
 
 
 def randomised(network: DiT, seed: int = 0) -> DiT:
@@ -193,8 +193,13 @@ def test_a_stack_is_one_graph():
 def test_squared_relu():
     x = torch.tensor([-2.0, 0.0, 0.5, 3.0], requires_grad=True)
     for activation in (squared_relu, SquaredReLU.apply, torch.compile(squared_relu, backend="aot_eager", fullgraph=True)):
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.clone()) or tensor, lambda tensor: tensor):
+        kept: list[torch.Tensor] = []
+
+        def keep(tensor: torch.Tensor, kept: list[torch.Tensor] = kept) -> torch.Tensor:
+            kept.append(tensor.clone())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             y = activation(x)
         (slope,) = torch.autograd.grad(y.sum(), x)
         assert y.tolist() == [0, 0, 0.25, 9] and slope.tolist() == [0, 0, 1, 6]

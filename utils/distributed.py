@@ -25,6 +25,11 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def batch_size(self) -> int:
+        """Images at a time where nothing is learned: enough to fill a GPU, few enough to stay in a CPU's cache (twice as fast)."""
+        return 500 if self.device.type == "cuda" else 50
+
     def rows(self, batch: Tensor) -> Tensor:
         """This rank's rows of a global batch: every world_size-th, so that a leading share stays a leading share."""
         return batch[self.rank :: self.world_size]

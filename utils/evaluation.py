@@ -75,7 +75,7 @@ def classifier_judge(file: str | None, network_class: Callable[..., nn.Module], 
     def see(pixels: Tensor) -> tuple[Tensor, Tensor]:
         return network.see(to_range(pixels.to(ranks.device)))
 
-    return Judge(f"{path.stem}-{fingerprint(*network.state_dict().values())}", see, knows_classes=True)
+    return Judge(f"{path.stem}-{fingerprint(*network.state_dict().values())}", see, knows_classes=True, batch_size=ranks.batch_size)
 
 
 def compare(judge: Judge, samples: Features, labels: Tensor | None, reference: Features) -> dict[str, float]:
@@ -203,7 +203,8 @@ class QuickEvaluation:
         """
         result = {}
         for name, sample in samplers.items():
-            pixels = draw(sample, self.labels, self.shape, 0, self.ranks, 500)       # by all ranks: the network may be split among them
+            # By all ranks: the network may be split among them.
+            pixels = draw(sample, self.labels, self.shape, 0, self.ranks, self.ranks.batch_size)
             if not self.ranks.is_main:
                 continue
             seen = self.judge(pixels)
