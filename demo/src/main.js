@@ -12,7 +12,7 @@ const figures = [...document.querySelectorAll("figure")].map((figure) => ({
   caption: figure.querySelector("figcaption"),
 }));
 
-let models, model, noise, label = 0;
+let engine, models, model, noise, label = 0;
 let wanted = 0; // grows with every change; what is computed for an older one is not shown
 let filling = false;
 
@@ -21,13 +21,6 @@ function say(text) {
 }
 
 const megabytes = (bytes) => (bytes / 1e6).toFixed(1);
-const engine = new Engine({
-  onprogress({ loaded, size }) {
-    $("progress").value = loaded / size;
-    say(`Loading the network: ${megabytes(loaded)} of ${megabytes(size)} MB`);
-  },
-  onpreparing: () => say("Preparing the network …"),
-});
 const plane = new Plane($("plane"), $("point"), $("place"), () => changed());
 
 const count = () => model.shape.reduce((a, b) => a * b);
@@ -134,6 +127,13 @@ async function fillGrid() {
 
 async function start() {
   await prepareOffline();
+  engine = new Engine({ // only now, so that its file comes through the service worker, which keeps it
+    onprogress({ loaded, size }) {
+      $("progress").value = loaded / size;
+      say(`Loading the network: ${megabytes(loaded)} of ${megabytes(size)} MB`);
+    },
+    onpreparing: () => say("Preparing the network …"),
+  });
   const response = await fetch("models/models.json").catch(() => undefined);
   if (!response?.ok || !/json/.test(response.headers.get("content-type") ?? "")) {
     throw new Error("there are no models beside this page; make them with: python -m demo.prepare");
