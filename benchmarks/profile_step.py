@@ -109,7 +109,8 @@ def own_time(event: Any, on_gpu: bool) -> float:
     """Microseconds in the kernel itself, on a GPU; on a CPU in the operation itself."""
     if not on_gpu:
         return event.self_cpu_time_total
-    return event.self_device_time_total if event.device_type == torch.autograd.DeviceType.CUDA else 0.0
+    is_kernel = event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation     # not a range around kernels
+    return event.self_device_time_total if is_kernel else 0.0
 
 
 if __name__ == "__main__":
