@@ -57,6 +57,24 @@ def head_size(size: int) -> None:
         for name, (preset, patch_size) in dit.PRESETS.items()})
 
 
+class ParallelBlock(nn.Module):
+    """Attention and MLP side by side, behind one norm: two large products where there were four (ViT-22B, arXiv 2302.05442)."""
+
+    def __init__(self, width: int, num_heads: int, modulation_rank: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.attention = nn.ModuleDict({"into": nn.Linear(width, 7 * width, bias=False), "out": nn.Linear(5 * width, width, bias=False)})
+        self.modulation = dit.Modulation(width, 3, modulation_rank)
+
+    def forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        shift, scale, gate = self.modulation(c)
+        q, k, v, *hidden = self.attention["into"](dit.modulate(dit.rms_norm(x), shift, scale)).chunk(7, dim=-1)
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in (q, k, v))
+        q, k = dit.rotate(dit.rms_norm(q), cos, sin), dit.rotate(dit.rms_norm(k), cos, sin)
+        seen = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v))).transpose(1, 2).flatten(2)
+        return x + gate[:, None] * self.attention["out"](torch.cat([seen, dit.squared_relu(torch.cat(hidden, dim=-1))], dim=-1))
+
+
 def compile_blocks() -> None:
     """Each block is a graph of its own."""
     compile_several = dit.DiT.compile_blocks
@@ -226,6 +244,7 @@ PATCHES: dict[str, Callable[[], None]] = {
     "dropout-0.1": lambda: dropout(0.1),
     "compile-whole": lambda: change([dit.DiT], "compile_blocks", lambda self: self.compile(dynamic=False)),
     "heads-of-128": lambda: head_size(128),
+    "parallel": lambda: change([dit], "Block", ParallelBlock),
     "long-skips": long_skips,
     "nearest-of-4": lambda: nearest_noise(4),
     "augmentation": lambda: augmentation(0.12),

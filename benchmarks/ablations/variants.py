@@ -75,5 +75,6 @@ VARIANTS = [
     teacher("teacher-nearest-of-4", "", "noise near its image", patch="nearest-of-4", cost="own"),
     teacher("teacher-silu", "", "SiLU for squared ReLU", patch="silu", cost="own"),
     teacher("teacher-gelu", "", "GELU for squared ReLU", patch="gelu", cost="own"),
+    teacher("teacher-parallel", "", "attention and MLP side by side", patch="parallel", cost="own"),
     teacher("teacher-heads-of-128", "", "3 heads of 128 for 6 of 64", patch="heads-of-128", cost="own"),
 ]
