@@ -68,11 +68,12 @@ class ParallelBlock(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         shift, scale, gate = self.modulation(c)
-        q, k, v, *hidden = self.attention["into"](dit.modulate(dit.rms_norm(x), shift, scale)).chunk(7, dim=-1)
+        width = x.shape[-1]
+        q, k, v, hidden = self.attention["into"](dit.modulate(dit.rms_norm(x), shift, scale)).split([width] * 3 + [4 * width], dim=-1)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in (q, k, v))
         q, k = dit.rotate(dit.rms_norm(q), cos, sin), dit.rotate(dit.rms_norm(k), cos, sin)
         seen = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v))).transpose(1, 2).flatten(2)
-        return x + gate[:, None] * self.attention["out"](torch.cat([seen, dit.squared_relu(torch.cat(hidden, dim=-1))], dim=-1))
+        return x + gate[:, None] * self.attention["out"](torch.cat([seen, dit.squared_relu(hidden)], dim=-1))
 
 
 def compile_blocks() -> None:
