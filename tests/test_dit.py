@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models import PRESETS, DiT, student_from_teacher
-from models.dit import SquaredReLU, squared_relu
+from models.dit import Block, SquaredReLU, squared_relu
 from models.embeddings import rotary_table, rotate
 from models.transformer import Stack
 
@@ -177,6 +177,9 @@ def test_compiled_in_stacks_it_is_the_same_network(monkeypatch):
         network.compile_blocks(at_once)
         assert compiled == [*parts, "Final"] and [len(stack.blocks) for stack in network.stacks] == {1: [1] * 4, 3: [3, 1], 4: [4]}[at_once]
         assert set(network.state_dict()) == names and torch.equal(network(*given), expected)
+    monkeypatch.setattr("models.transformer.FSDPModule", Block)                 # as if they were split among processes
+    network.compile_blocks()
+    assert [len(stack.blocks) for stack in network.stacks] == [1] * 4
     again = deepcopy(network)
     torch.nn.init.zeros_(again.blocks[0].mlp.out.weight)                        # a copy's stacks are its own blocks
     assert not torch.equal(again(*given), expected) and torch.equal(network(*given), expected)
