@@ -45,7 +45,7 @@ class Config(RunConfig):
     data: str = "cifar10"                       # mnist, cifar10, digits, or the path of a folder or zip of images
     teacher: str | None = None                  # file, checkpoint or run folder; None: newest matching run, else the released one
     model: str | None = None                    # the student has its teacher's size; if given, it must be that
-    steps: int = 10_000                         # updates in all
+    steps: int = 5_500                          # updates in all
     optimizer: Literal["muon", "adamw"] = "muon"    # muon: Muon for the blocks' matrices, AdamW for the rest
     lr: float = 5e-4                            # learning rate of AdamW
     muon_lr: float = 0.01                       # learning rate of Muon
@@ -54,8 +54,8 @@ class Config(RunConfig):
     decay_share: float = 0.4                    # last share of the steps, in which they fall linearly to zero
     max_grad_norm: float = 1.0                  # gradients are clipped to this norm
     ema_decay: float = 0.9995                   # of the averaged weights, which are what is sampled and released
-    guidance_scale: float = 1.5                 # of the teacher's velocity; 1 is none
-    guidance_interval: tuple[float, float] = (0.0, 1.0)     # times at which the teacher is guided
+    guidance_scale: float = 2.0                 # of the teacher's velocity; 1 is none
+    guidance_interval: tuple[float, float] = (0.2, 0.8)     # times at which the teacher is guided
     boundary_share: float = 0.5                 # of each batch: boundary condition; the rest: interval splitting
     split: Literal["anchored", "self"] = "anchored"         # first leg u_st: the teacher's velocity, or the student's own
     lam_law: str = "anneal(0.3, 0.05, 0.8)"     # where to split: uniform, constant(c), or anneal(start, end, share of steps)

@@ -17,9 +17,9 @@ def markdown(rows: list[Any], ceiling: float | None) -> str:
         milliseconds = 1000 * row.batch_size * row.num_gpus / row.median
         share = f"{row.tflops / row.num_gpus / ceiling:.0%}" if ceiling else ""
         memory = f"{row.memory_gib:.1f}" if row.memory_gib is not None else ""
-        cold = f"{row.first_update_cold:.0f}" if row.first_update_cold is not None else ""
+        cold, warm = (f"{seconds:.0f}" if seconds is not None else "" for seconds in (row.first_update_cold, row.first_update_warm))
         lines.append(f"| {row.name} | {row.model} | {row.batch_size} | {row.num_gpus} | {spread} | {milliseconds:.1f} | {memory} | "
-                     f"{row.tflops:.3g} | {share} | {cold} | {row.first_update_warm:.0f} |")
+                     f"{row.tflops:.3g} | {share} | {cold} | {warm} |")
     return "\n".join(lines) + "\n"
 
 

@@ -6,7 +6,8 @@
 
 Every row is a process of its own on random images. Training scripts are started by their own command line and read by their
 metrics.jsonl: nothing of them is copied here. They run twice, first on an empty compile cache for one update, then, as the
-others, for `--windows` x `--steps` updates after a warm-up; medians over the windows, with the least and the greatest.
+others, for `--windows` x `--steps` updates after a warm-up; medians over the windows, with the least and the greatest. With
+--cold False they run once, with your own compile cache, and the time until their first update is not told.
 Writes rows.json, table.md and plot.png into --out.
 """
 
@@ -48,7 +49,7 @@ class Config:
     image_size: int = 32                        # side of the random images
     steps: int = 20                             # updates in a window
     windows: int = 5                            # windows that are measured
-    cold: bool = True                           # also measure a training script's first update on an empty compile cache
+    cold: bool = True                           # time a training script's first update too, on an empty and on a filled compile cache
     num_workers: int = 8                        # worker processes of the textbook loop
     compile: bool = True                        # torch.compile where the row would
     device: str = "auto"                        # auto, cuda, cpu
@@ -74,7 +75,7 @@ class Row:
     images_per_second: list[float]
     memory_gib: float | None
     first_update_cold: float | None
-    first_update_warm: float
+    first_update_warm: float | None
     tflops: float
 
     @property
@@ -125,13 +126,16 @@ def command(name: str, model: str, batch: int, gpus: int, steps: int, cfg: Confi
     return [sys.executable, *row, *common]
 
 
-def launch(line: list[str], metrics: Path, cache: Path) -> tuple[float, list[dict]]:
-    """Run a command. Returns the seconds from its start to its first line of metrics, and all lines.
+def launch(line: list[str], metrics: Path, cache: Path | None) -> tuple[float, list[dict]]:
+    """Run a command, with a compile cache of its own or the user's. Returns the seconds from its start to its first line of
+    metrics, and all lines.
 
     Raises:
         RuntimeError: it failed; with the end of what it printed.
     """
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    if cache is not None:
+        environment["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
     with tempfile.TemporaryFile("w+") as printed:
         start, first = time.monotonic(), None
         process = subprocess.Popen(line, stdout=printed, stderr=subprocess.STDOUT, env=environment)
@@ -148,17 +152,18 @@ def launch(line: list[str], metrics: Path, cache: Path) -> tuple[float, list[dic
 def measure(name: str, model: str, batch: int, gpus: int, cfg: Config, folder: Path) -> Row:
     """Run one row: once cold, if asked for, then warm."""
     run = f"{name}-{model}-{batch}-{gpus}".replace("/", "-")
-    cache, cold = folder / "caches" / run, None
+    script, cold = name.startswith(("teacher", "student")), None
+    cache = folder / "caches" / run if cfg.cold or not script else None
     for kind, steps in (("cold", 1), ("warm", (cfg.windows + 1) * cfg.steps)):
-        if kind == "cold" and not (cfg.cold and name.startswith(("teacher", "student"))):
+        if kind == "cold" and not (cfg.cold and script):
             continue
         line = command(name, model, batch, gpus, steps, cfg, folder, f"{kind}-{run}")
         first, rows = launch(line, folder / "results" / f"{kind}-{run}" / "metrics.jsonl", cache)
         cold = first if kind == "cold" else cold
     speeds = [row["images_per_second"] for row in rows[1:]]                     # the first window holds compilation
-    first -= (cfg.steps - 1) * batch * gpus / statistics.median(speeds)         # its line comes after a whole window
+    warm = None if cache is None else first - (cfg.steps - 1) * batch * gpus / statistics.median(speeds)   # told after a window
     flops = forward_flops(model, cfg.image_size) * FORWARDS[name] * statistics.median(speeds) / 1e12
-    return Row(name, model, batch, gpus, speeds, rows[-1].get("memory_gib"), cold, first, flops)
+    return Row(name, model, batch, gpus, speeds, rows[-1].get("memory_gib"), cold, warm, flops)
 
 
 def matmul_ceiling(size: int = 8192) -> float:
@@ -198,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if any(name.startswith("student") for name in cfg.rows):            # a student needs some teacher of its size
                 first = first_teacher(model)
                 line = command("teacher", model, min(cfg.batch_size), 1, 1, cfg, folder, first)
-                launch([*line, "--compile", "False"], folder / "results" / first / "metrics.jsonl", folder / "caches")
+                launch([*line, "--compile", "False"], folder / "results" / first / "metrics.jsonl", None)
             for gpus in cfg.num_gpus:
                 for batch in cfg.batch_size:
                     for name in cfg.rows:

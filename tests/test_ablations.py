@@ -47,6 +47,7 @@ def test_runs_results_and_table(tmp_path, monkeypatch):
         if "lam-uniform" in flags["--name"] and "--eval-every" in flags:
             raise RuntimeError("... NonFiniteError: step 12 is not finite")
         (folder / "config.json").write_text(json.dumps({"global_batch_size": 100}))
+        (folder / "environment.json").write_text(json.dumps([{"device": "some card"}]))
         rows = [{"step": i, "images_per_second": 2000.0, "grad_norm": 1.0 + i} for i in range(5)]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         numbers = {"step": 5, "fd_1step": 2.0 + int(flags["--seed"]), "accuracy_1step": 0.9}
@@ -63,11 +64,15 @@ def test_runs_results_and_table(tmp_path, monkeypatch):
         ("student", 0, 2.0), ("lam-uniform", 0, None), ("student", 1, 3.0), ("lam-uniform", 1, None)]
     assert shlex.split(rows[1]["command"])[:2] == ["python", "train_student.py"] and "--lam-law uniform" in rows[1]["command"]
     text = (tmp_path / "table.md").read_text()
+    assert text.startswith("## cifar10, 30 s a run, some card, `--global-batch-size 100`, of t.safetensors\n\n| student | asks |")
     assert "| student | the defaults | 2.500 ± 0.500 | 0.900 ± 0.000 | 2.0 | 600 | 2 |" in text
     assert "| lam-uniform | anchored, lam uniform |  |  |  | 600 | 2, 2 not finite |" in text
     assert (tmp_path / "gradient_norm.png").is_file() and rows[0]["norms"][0] == [0, 1.0]
     run.main(flags)                                         # what is there is not run again
     assert len(started) == 5
+    run.main([*flags[:3], "--seconds", "60", *flags[5:]])   # what is not comparable has a table of its own
+    text = (tmp_path / "table.md").read_text()
+    assert text.count("\n## ") == 1 and text.count("| student | the defaults |") == 2
 
     monkeypatch.setattr(run, "start", lambda line: (_ for _ in ()).throw(RuntimeError("CUDA out of memory")))
     with pytest.raises(RuntimeError, match="out of memory"):                    # any other failure is no result

@@ -26,7 +26,8 @@ def folder(tmp_path_factory):
                            "--min-accuracy", "0.9", "--device", "cpu"])
     torch.manual_seed(0)
     teacher = DiT("DiT-Nano/4", 8, 1, 10)
-    torch.nn.init.normal_(teacher.final.out.weight, std=0.02)
+    for weight in (teacher.final.out.weight, teacher.final.modulation.up.weight):           # or it would be zero, whatever the label
+        torch.nn.init.normal_(weight, std=0.02)
     config = {"data": "digits", "guidance_scale": 1.5, "guidance_interval": [0.0, 1.0]}
     classes = [str(digit) for digit in range(10)]
     for kind, network in (("teacher", teacher), ("student", student_from_teacher(teacher))):
@@ -64,6 +65,10 @@ def test_teacher_rows_count_guided_evaluations_twice(folder):
     result = run(folder, "teacher-digits.safetensors", "--num-steps", "3", "--guidance-scale", "1", "2")
     assert [row["evaluations"] for row in result["rows"]] == [3, 6]
     assert "teacher_distance" not in result["rows"][0]
+    late = run(folder, "teacher-digits.safetensors", "--num-steps", "3", "--guidance-scale", "1", "2", "--guidance-interval", "0.5", "1")
+    assert [row["name"] for row in late["rows"]] == ["3 Euler steps, guidance 1.0", "3 Euler steps, guidance 2.0 at 0.5 to 1"]
+    assert late["rows"][0] == result["rows"][0]             # what is not guided knows no interval
+    assert late["rows"][1]["frechet_distance"] != result["rows"][1]["frechet_distance"]
 
 
 def test_same_seeds_give_the_same_numbers(folder):
@@ -73,6 +78,7 @@ def test_same_seeds_give_the_same_numbers(folder):
 
 @pytest.mark.parametrize(("flags", "error", "message"), [
     (["--guidance-scale", "2"], ValueError, "has its guidance inside"),
+    (["--guidance-interval", "0.2", "0.8"], ValueError, "--guidance-interval 0.2 0.8: a student has its guidance inside"),
     (["--classifier", "nowhere.safetensors"], FileNotFoundError, "train_classifier.py --data digits"),
     (["--data", "nowhere"], ValueError, "no such data set or path"),
     (["--num-images", "20"], ValueError, "too few"),

@@ -2,12 +2,13 @@
 
     python -m benchmarks.ablations.run --teacher results/teacher-cifar10                          every variant, 90 s each
     python -m benchmarks.ablations.run --only student lam-uniform target-ema --seconds 120 --seeds 0 1 2
-    python -m benchmarks.ablations.run --table-only True                          the table from results.jsonl
+    python -m benchmarks.ablations.run --table-only True                          table.md from results.jsonl
 
 A run is the training script's own command line, or that of patches.py around it. A short one tells how fast the variant is, or
 one of the same cost; then it gets as many updates as fit into --seconds, its schedules included. Its last quick evaluation
 (5,000 images) is the result, one line of results.jsonl; what is there already is not run again, so the same command goes on.
-Also writes table.md, and gradient_norm.png of the students.
+Also writes table.md, a section for each time, data set, device, teacher and further flags, and gradient_norm.png of the
+students of the longest section.
 """
 
 import json
@@ -35,6 +36,7 @@ class Config:
     probe_steps: int = 100                      # updates of the run that tells the speed, the first half of them to warm up
     teacher: str | None = None                  # of the students
     data: str = "cifar10"                       # as for the training scripts
+    data_root: str = "data"                     # likewise
     flags: str = ""                             # further flags for every run, as in --flags="--model DiT-B/4"
     results_dir: str = "results/ablations"      # run folders
     out: str = str(HERE)                        # folder of results.jsonl and table.md
@@ -52,7 +54,7 @@ def command(variant: Variant, seed: int, steps: int, cfg: Config, name: str, log
     script = f"train_{variant.stage}{'_mnist' if cfg.data in ('mnist', 'digits') else ''}.py"
     teacher = ["--teacher", cfg.teacher] if variant.stage == "student" and cfg.teacher else []
     patched = ["-m", "benchmarks.ablations.patches", variant.patch] if variant.patch else []
-    return [*patched, script, "--data", cfg.data, "--seed", str(seed), "--steps", str(steps), "--name", name,
+    return [*patched, script, "--data", cfg.data, "--data-root", cfg.data_root, "--seed", str(seed), "--steps", str(steps), "--name", name,
             "--results-dir", cfg.results_dir, "--log-every", str(log_every), "--sample-every", str(steps), "--save-every", str(steps),
             "--comet", "off", *teacher, *extra, *shlex.split(cfg.flags), *variant.flags]
 
@@ -78,7 +80,7 @@ def spike(norms: Sequence[float], window: int = 20) -> float:
 
 
 def settings(cfg: Config) -> dict[str, Any]:
-    """What all runs of one table share."""
+    """What all runs that are compared share, besides their device."""
     return {"seconds": cfg.seconds, "data": cfg.data, "flags": cfg.flags, "teacher": cfg.teacher}
 
 
@@ -88,13 +90,13 @@ def measure(variant: Variant, seed: int, cfg: Config) -> dict[str, Any]:
     probe = f"probe-{variant.cost}"
     if not (folder / probe / "metrics.jsonl").is_file():
         start(command(next(v for v in VARIANTS if v.name == variant.cost), 0, cfg.probe_steps, cfg, probe, half, []))
-    config = json.loads((folder / probe / "config.json").read_text())
+    config, environment = (json.loads((folder / probe / f"{file}.json").read_text()) for file in ("config", "environment"))
     speed = read_lines(folder / probe / "metrics.jsonl")[-1]["images_per_second"]
     steps = max(1, round(cfg.seconds * speed / config["global_batch_size"]))
     name = f"{variant.name}-{cfg.seconds:g}s-seed{seed}"
     line = command(variant, seed, steps, cfg, name, max(1, steps // 100), ["--eval-every", str(steps)])
-    result = {"variant": variant.name, "seed": seed, "steps": steps, **settings(cfg), "images_per_second": speed,
-              "command": shlex.join(["python", *line])}
+    result = {"variant": variant.name, "seed": seed, "steps": steps, **settings(cfg), "device": environment[-1]["device"],
+              "images_per_second": speed, "command": shlex.join(["python", *line])}
     try:
         start(line)
     except RuntimeError as error:
@@ -107,8 +109,15 @@ def measure(variant: Variant, seed: int, cfg: Config) -> dict[str, Any]:
             **{key: value for key, value in evaluations[-1].items() if key != "step"}}
 
 
-def of_this_table(file: Path, cfg: Config) -> list[dict[str, Any]]:
-    return [row for row in read_lines(file) if settings(cfg).items() <= row.items()]
+def sections(results: list[dict[str, Any]], cfg: Config) -> list[tuple[str, list[dict[str, Any]]]]:
+    """A heading, and the runs that may be compared, in the order in which they were begun."""
+    keys = [*settings(cfg), "device"]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in results:
+        seconds, data, flags, teacher, device = (row[key] for key in keys)
+        heading = f"{data}, {seconds:g} s a run, {device}" + (f", `{flags}`" if flags else "") + (f", of {teacher}" if teacher else "")
+        groups.setdefault(heading, []).append(row)
+    return list(groups.items())
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -161,18 +170,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not cfg.table_only:
         for seed in cfg.seeds:                              # all variants once before any a second time
             for variant in VARIANTS:
-                known = any(row["variant"] == variant.name and row["seed"] == seed for row in of_this_table(file, cfg))
+                this = {"variant": variant.name, "seed": seed, **settings(cfg)}
+                known = any(this.items() <= row.items() for row in read_lines(file))
                 if (cfg.only and variant.name not in cfg.only) or known:
                     continue
                 result = measure(variant, seed, cfg)
                 with open(file, "a") as lines:
                     lines.write(json.dumps(result) + "\n")
                 print({key: value for key, value in result.items() if key not in ("command", "norms")}, flush=True)
-    results = of_this_table(file, cfg)
+    results = read_lines(file)
     if not results:
-        raise ValueError(f"{file} holds no result of --seconds {cfg.seconds} and these --data, --flags and --teacher yet")
-    (out / "table.md").write_text(table(results))
-    save_norms(results, out / "gradient_norm.png")
+        raise ValueError(f"{file} holds no result yet")
+    parts = sections(results, cfg)
+    (out / "table.md").write_text("\n".join(f"## {heading}\n\n{table(rows)}" for heading, rows in parts))
+    save_norms(max((rows for _, rows in parts), key=len), out / "gradient_norm.png")
     print(f"{out / 'table.md'}: {len(results)} runs")
 
 
