@@ -49,7 +49,8 @@ def describe(student: str, folder: Path) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse_config(Config, argv, __doc__)
-    students = cfg.students or tuple(sorted(str(path) for path in HERE.parent.glob("checkpoints/student-*.safetensors")))
+    released = sorted(HERE.parent.glob("checkpoints/student-*.safetensors"), key=lambda path: path.stat().st_size)
+    students = cfg.students or tuple(map(str, released))                # the page starts with the first, so with the smallest
     if not students:
         raise ValueError("there is no checkpoints/student-*.safetensors; name a student")
     out = Path(cfg.out)
