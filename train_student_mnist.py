@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 from models import Classifier, build_network, student_from_teacher
 from utils import distributed, recipes
 from utils.autoencoder import load_autoencoder
-from utils.checkpoints import load_network, read_latest
+from utils.checkpoints import load_network, read_latest, start_from
 from utils.config import RunConfig, check_law, parse_config, require, to_dict
 from utils.data import Batches, check_guidance, load_data
 from utils.evaluation import QuickEvaluation
@@ -110,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_teacher(path, teacher_metadata, images, cfg.model)
     torch.manual_seed(fold(cfg.seed, "weights"))            # alike on every rank
     student = student_from_teacher(teacher)
+    if cfg.start_from:
+        start_from(student, cfg.start_from)
     ema = ModelEmaV3(student, decay=cfg.ema_decay, use_warmup=True, warmup_gamma=9, warmup_power=1, exclude_buffers=True)
     target_ema = ModelEmaV3(student, decay=cfg.target_decay, exclude_buffers=True) if cfg.target == "ema" else None
     if cfg.shard:

@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 from models import PRESETS, Classifier, DiT
 from utils import distributed, recipes
 from utils.autoencoder import load_autoencoder
-from utils.checkpoints import read_latest
+from utils.checkpoints import read_latest, start_from
 from utils.config import RunConfig, check_law, parse_config, require, to_dict
 from utils.data import Batches, check_guidance, load_data
 from utils.evaluation import QuickEvaluation
@@ -84,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     evaluate = cfg.eval_every and QuickEvaluation(cfg.classifier, Classifier, images, ranks, cfg.results_dir)
     torch.manual_seed(fold(cfg.seed, "weights"))            # alike on every rank
     network = DiT(cfg.model, images.shape[1], images.shape[0], len(images.classes)).to(device)
+    if cfg.start_from:
+        start_from(network, cfg.start_from)
     ema = ModelEmaV3(network, decay=cfg.ema_decay, use_warmup=True, warmup_gamma=9, warmup_power=1, exclude_buffers=True)
     if cfg.shard:
         shard(ranks, network, ema.module)

@@ -54,6 +54,38 @@ def test_seed_matters_and_repeats(results, tmp_path):
         assert_same(results / "teacher-digits", tmp_path / "other")
 
 
+STILL = ["--lr", "1e-9", "--muon-lr", "1e-9"]
+
+
+@pytest.mark.parametrize("stage", ["teacher", "student"])
+def test_start_from_another_run(results, tmp_path, stage):
+    """With learning rates of nearly nothing a run ends where it was told to start."""
+    script, flags = train_teacher_mnist, TEACHER
+    if stage == "student":
+        script, flags = train_student_mnist, [*COMMON, "--teacher", str(results / "teacher-digits")]
+    script.main([*flags, "--results-dir", str(tmp_path), "--start-from", str(results / f"{stage}-digits"), *STILL])
+    ours, theirs = (load_network(folder / f"{stage}-digits", DiT)[0].state_dict() for folder in (tmp_path, results))
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in theirs) < 1e-6
+
+
+def test_start_from_with_other_classes(results, tmp_path):
+    """Only the label embedding is fresh; what is another network altogether is refused."""
+    make_images(tmp_path / "photos", ["cats", "dogs"])
+    flags = [*TEACHER[2:], "--data", str(tmp_path / "photos"), "--results-dir", str(tmp_path / "results"), *STILL]
+    start_from = ["--start-from", str(results / "teacher-digits")]
+    with pytest.raises(ValueError, match=r"--start-from .* is another network: image_size 8, here 32; num_channels 1, here 3"):
+        train_teacher.main([*flags, *start_from])
+    for file in [path for path in (tmp_path / "photos").rglob("*") if path.is_file()]:
+        Image.open(file).convert("L").save(file.with_suffix(".png"))
+        if file.suffix != ".png":
+            file.unlink()
+    train_teacher.main([*flags, *start_from, "--image-size", "8", "--name", "photos"])
+    runs = (tmp_path / "results" / "photos", results / "teacher-digits")
+    ours, theirs = (load_network(folder, DiT)[0].state_dict() for folder in runs)
+    assert ours["label_embed.weight"].shape[0] == 3
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in theirs if name != "label_embed.weight")
+
+
 def test_finished_or_different_runs_are_refused(results):
     before = {file: file.stat().st_mtime_ns for file in results.rglob("*") if file.is_file()}
     with pytest.raises(ValueError, match=r"finished at step 6.*--name"):

@@ -202,6 +202,26 @@ def resolve_weights(path: Path | str) -> Path:
     return folders[-1] / "ema.safetensors"
 
 
+def start_from(network: nn.Module, path: Path | str) -> None:
+    """Give a fresh network the EMA weights of another run; one of other classes keeps its own label embedding.
+
+    Args:
+        path: anything that `resolve_weights` takes.
+
+    Raises:
+        FileNotFoundError, CheckpointError: as above.
+        ValueError: they are another network's.
+    """
+    weights, metadata = read_weights(resolve_weights(path))
+    theirs, ours = metadata["architecture"], network.architecture
+    other = [f"{key} {theirs.get(key)}, here {ours.get(key)}" for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
+    if any(not text.startswith("num_classes ") for text in other):
+        raise ValueError(f"--start-from {path} is another network: {'; '.join(other)}")
+    if other:
+        weights["label_embed.weight"] = network.label_embed.weight
+    network.load_state_dict(weights)
+
+
 def load_network(path: Path | str, network_class: Callable[..., nn.Module], device: torch.device | str = "cpu",
                  ) -> tuple[nn.Module, dict[str, Any]]:
     """Rebuild a network from one file, in float32 and in evaluation mode, with the file's metadata.

@@ -26,6 +26,7 @@ class RunConfig:
     image_size: int | None = None               # side in pixels, images are resized to it; None: the data set's own, 32 for a path
     steps: int = 10_000                         # updates in all
     max_minutes: float | None = None            # save and stop after this long; the same command goes on later
+    start_from: str | None = None               # weights to start from, of the same network: file, checkpoint or run folder; None: fresh
     global_batch_size: int = 512                # images an update, over all processes
     seed: int = 0                               # of everything random
     device: str = "auto"                        # auto, cuda, cpu
