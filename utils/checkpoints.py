@@ -214,10 +214,11 @@ def start_from(network: nn.Module, path: Path | str) -> None:
     """
     weights, metadata = read_weights(resolve_weights(path))
     theirs, ours = metadata["architecture"], network.architecture
-    other = [f"{key} {theirs.get(key)}, here {ours.get(key)}" for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
-    if any(not text.startswith("num_classes ") for text in other):
-        raise ValueError(f"--start-from {path} is another network: {'; '.join(other)}")
-    if other:
+    different = sorted(key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key))
+    if different not in ([], ["num_classes"]):
+        facts = "; ".join(f"{key} {theirs.get(key)}, here {ours.get(key)}" for key in different)
+        raise ValueError(f"--start-from {path} is another network: {facts}")
+    if different:
         weights["label_embed.weight"] = network.label_embed.weight
     network.load_state_dict(weights)
 
