@@ -37,7 +37,7 @@ VARIANTS = [
     student("lam-uniform", "--lam-law;uniform", "anchored, lam uniform"),
     student("lam-constant-0.05", "--lam-law;constant(0.05)", "lam small from the start"),
     student("lam-constant-0.3", "--lam-law;constant(0.3)", "lam never small"),
-    student("lam-end-0.1", "--lam-law;anneal(0.3, 0.1, 0.8)", "end where rounding divided by lam^2 is a quarter"),
+    student("lam-end-0.1", "--lam-law;anneal(0.3, 0.1, 0.8)", "end sooner: less is divided by lam^2"),
     student("lam-end-0.02", "--lam-law;anneal(0.3, 0.02, 0.8)", "end nearer to the derivative"),
     student("lam-start-0.7", "--lam-law;anneal(0.7, 0.05, 0.8)", "start from halves"),
     student("midpoint-0.3", "--lam-law;constant(0.3)", "first leg to second order: lam large", patch="midpoint-leg", cost="own"),
