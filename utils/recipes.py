@@ -7,14 +7,14 @@ TEACHER = {
     "mnist": dict(model="DiT-Ti/4", steps=8_000, global_batch_size=512, guidance_scale=(1.0, 2.5, 5.0)),
     "cifar10": dict(model="DiT-S/2", steps=15_000, global_batch_size=512, guidance_scale=(1.0, 2.5, 5.0)),
     "path": dict(model="DiT-S/2", steps=20_000, global_batch_size=512, guidance_scale=(1.0, 2.5, 5.0)),
-    "digits": dict(model="DiT-Nano/4", steps=320, global_batch_size=256, guidance_scale=(1.0, 2.5, 5.0), sample_steps=15,
-                   warmup_steps=30, sample_every=320, save_every=320),
+    "digits": dict(model="DiT-Nano/4", steps=480, global_batch_size=256, guidance_scale=(1.0, 2.5, 5.0), sample_steps=15,
+                   warmup_steps=30, sample_every=480, save_every=480),
 }
 
 STUDENT = {
     "mnist": dict(steps=6_000, global_batch_size=512, guidance_scale=1.3, guidance_interval=(0.0, 1.0)),
     "cifar10": dict(steps=5_500, global_batch_size=512, guidance_scale=2.0, guidance_interval=(0.2, 0.8)),
     "path": dict(steps=10_000, global_batch_size=512, guidance_scale=1.5, guidance_interval=(0.0, 1.0)),
-    "digits": dict(steps=190, global_batch_size=256, guidance_scale=2.5, guidance_interval=(0.0, 1.0), warmup_steps=30,
-                   sample_every=190, save_every=190),
+    "digits": dict(steps=280, global_batch_size=256, guidance_scale=2.5, guidance_interval=(0.0, 1.0), warmup_steps=30,
+                   sample_every=280, save_every=280),
 }
