@@ -26,7 +26,7 @@ from models import Classifier, DiT, SiT, build_network
 from utils import distributed, metrics, report
 from utils.autoencoder import load_autoencoder
 from utils.checkpoints import load_network, resolve_weights
-from utils.config import parse_config, require, to_dict
+from utils.config import check_interval, parse_config, require, to_dict
 from utils.data import check_guidance, load_held_out, load_images, to_range
 from utils.distributed import Ranks
 from utils.evaluation import (
@@ -82,8 +82,7 @@ class Config:
         require(self, "batch_size", self.batch_size is None or self.batch_size >= 1, "at least 1, or None")
         require(self, "num_steps", all(n >= 1 for n in self.num_steps), "counts of at least 1")
         require(self, "guidance_scale", len(self.guidance_scale) > 0, "one or more numbers")
-        low, high = self.guidance_interval
-        require(self, "guidance_interval", 0 <= low <= high <= 1, "two times, 0 <= low <= high <= 1")
+        check_interval(self, "guidance_interval")
 
 
 def inception_judge(weights: str | None, ranks: Ranks) -> Judge:
@@ -118,10 +117,10 @@ def rows_of(network: DiT | SiT, student: bool, cfg: Config) -> list[tuple[str, i
     if student:
         return [(f"{n} step" + "s" * (n > 1), n, partial(sample_average_velocity, network, num_steps=n))
                 for n in cfg.num_steps or (1, 2, 4, 8)]
-    low, high = cfg.guidance_interval
-    where = "" if (low, high) == (0, 1) else f" at {low:g} to {high:g}"
+    interval = cfg.guidance_interval
+    where = "" if interval == (0, 1) else " at {:g} to {:g}".format(*interval)
     return [(f"{n} Euler steps, guidance {w}{where if w != 1 else ''}", n * (1 if w == 1 else 2),
-             partial(sample_velocity, guided_velocity(network.velocity, network.null_class, w, (low, high)), num_steps=n))
+             partial(sample_velocity, guided_velocity(network.velocity, network.null_class, w, interval), num_steps=n))
             for n in cfg.num_steps or (25,) for w in cfg.guidance_scale]
 
 

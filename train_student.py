@@ -21,7 +21,7 @@ from models import Classifier, build_network, student_from_teacher
 from utils import distributed, recipes
 from utils.autoencoder import load_autoencoder
 from utils.checkpoints import load_network, read_latest, start_from
-from utils.config import RunConfig, check_law, parse_config, require, to_dict
+from utils.config import RunConfig, check_interval, check_law, parse_config, require, to_dict
 from utils.data import Batches, check_guidance, load_data
 from utils.evaluation import QuickEvaluation
 from utils.flow import interpolate
@@ -82,8 +82,7 @@ class Config(RunConfig):
         require(self, "pinned_share", 0 <= self.pinned_share <= 1, "in [0, 1]")
         require(self, "boundary_share", 0 < round(self.boundary_share * self.global_batch_size) < self.global_batch_size,
                 f"such that of {self.global_batch_size} samples at least one is boundary and one is not")
-        low, high = self.guidance_interval
-        require(self, "guidance_interval", 0 <= low <= high <= 1, "two times, 0 <= low <= high <= 1")
+        check_interval(self, "guidance_interval")
         for field in ("num_steps", "pinned_steps"):
             require(self, field, len(getattr(self, field)) > 0 and min(getattr(self, field)) >= 1, "one or more counts, each at least 1")
 

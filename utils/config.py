@@ -77,6 +77,12 @@ def check_law(config: Any, field: str, known: Mapping[str, int]) -> None:
         raise ValueError(f"--{field.replace('_', '-')}: {error}") from None
 
 
+def check_interval(config: Any, field: str) -> None:
+    """Raise ValueError, with the flag, unless the field is a pair of times in order."""
+    low, high = getattr(config, field)
+    require(config, field, 0 <= low <= high <= 1, "two times, 0 <= low <= high <= 1")
+
+
 def parse_config(config_class: type[ConfigT], argv: Sequence[str] | None, description: str | None,
                  recipes: Mapping[str, Mapping[str, Any]] | None = None) -> ConfigT:
     """Read a Config from the command line; an unknown flag ends the program with the nearest known one.

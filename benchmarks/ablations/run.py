@@ -109,15 +109,14 @@ def measure(variant: Variant, seed: int, cfg: Config) -> dict[str, Any]:
             **{key: value for key, value in evaluations[-1].items() if key != "step"}}
 
 
-def sections(results: list[dict[str, Any]], cfg: Config) -> list[tuple[str, list[dict[str, Any]]]]:
-    """A heading, and the runs that may be compared, in the order in which they were begun."""
-    keys = [*settings(cfg), "device"]
-    groups: dict[str, list[dict[str, Any]]] = {}
+def sections(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Headings, and the runs that may be compared under each, in the order in which they were begun."""
+    parts: dict[str, list[dict[str, Any]]] = {}
     for row in results:
-        seconds, data, flags, teacher, device = (row[key] for key in keys)
-        heading = f"{data}, {seconds:g} s a run, {device}" + (f", `{flags}`" if flags else "") + (f", of {teacher}" if teacher else "")
-        groups.setdefault(heading, []).append(row)
-    return list(groups.items())
+        heading = f"{row['data']}, {row['seconds']:g} s a run, {row['device']}"
+        heading += (f", `{row['flags']}`" if row["flags"] else "") + (f", of {row['teacher']}" if row["teacher"] else "")
+        parts.setdefault(heading, []).append(row)
+    return parts
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -181,9 +180,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = read_lines(file)
     if not results:
         raise ValueError(f"{file} holds no result yet")
-    parts = sections(results, cfg)
-    (out / "table.md").write_text("\n".join(f"## {heading}\n\n{table(rows)}" for heading, rows in parts))
-    save_norms(max((rows for _, rows in parts), key=len), out / "gradient_norm.png")
+    parts = sections(results)
+    (out / "table.md").write_text("\n".join(f"## {heading}\n\n{table(rows)}" for heading, rows in parts.items()))
+    save_norms(max(parts.values(), key=len), out / "gradient_norm.png")
     print(f"{out / 'table.md'}: {len(results)} runs")
 
 
