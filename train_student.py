@@ -2,7 +2,7 @@
 
     python train_student.py                             from the newest CIFAR-10 teacher in results/
     python train_student.py --data photos.zip --image-size 64           from the newest teacher of these images
-    python train_student.py --split self --lam-law uniform --adaptive-power 0        Algorithm 1 to the letter
+    python train_student.py --first-leg self --lam-law uniform --adaptive-power 0        Algorithm 1 to the letter
 
 The teacher's guidance is learned by the student, which samples in 1, 2 or 4 evaluations without any.
 """
@@ -27,7 +27,7 @@ from utils.evaluation import QuickEvaluation
 from utils.flow import interpolate
 from utils.guidance import guided_velocity
 from utils.interrupt import StopRequest
-from utils.losses import adaptive_weight, student_loss
+from utils.losses import Leg, adaptive_weight, student_loss
 from utils.meter import Meter
 from utils.optim import Optimizer
 from utils.pictures import sample_labels
@@ -57,8 +57,8 @@ class Config(RunConfig):
     guidance_scale: float = 2.0                 # of the teacher's velocity; 1 is none
     guidance_interval: tuple[float, float] = (0.2, 0.8)     # times at which the teacher is guided
     boundary_share: float = 0.5                 # of each batch: boundary condition; the rest: interval splitting
-    split: Literal["anchored", "self"] = "anchored"         # first leg u_st: the teacher's velocity, or the student's own
-    lam_law: str = "anneal(0.3, 0.05, 0.8)"     # where to split: uniform, constant(c), or anneal(start, end, share of steps)
+    first_leg: Leg = "midpoint"                 # u_st: a midpoint or Euler step of the teacher's ODE, or the student's own
+    lam_law: str = "constant(0.3)"              # where to split: uniform, constant(c), or anneal(start, end, share of steps)
     t_law: str = "logit-normal(-0.6, 1.6)"      # draws of t: uniform, or logit-normal(loc, scale)
     r_law: str = "logit-normal(-4, 1.6)"        # draws of r, likewise
     pinned_share: float = 0.15                  # of the intervals: pinned at those sampled at test time
@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
             with ranks.autocast():
                 parts = student_loss(student, u_target, v, interpolate(x, eps, t), r, t, lam, y,
-                                     num_boundary // ranks.world_size, cfg.split == "anchored")
+                                     num_boundary // ranks.world_size, cfg.first_leg)
                 loss = adaptive_weight(torch.cat(parts), cfg.adaptive_power).mean()
             loss.backward()
             ranks.average_gradients(student)

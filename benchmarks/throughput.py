@@ -33,16 +33,17 @@ from benchmarks.report import markdown, plot
 from models import DiT
 from utils.config import parse_config, require
 
-RowName = Literal["teacher", "student", "student-self", "textbook-fp32", "textbook-bf16", "meanflow"]
+RowName = Literal["teacher", "student", "student-euler", "student-self", "textbook-fp32", "textbook-bf16", "meanflow"]
 # Forward passes an image, a backward pass counted as two: the teacher's guided velocity takes two on every image, the
-# targets of splitting one (anchored) or two (self-split) on half of them. A JVP is counted as two.
-FORWARDS = {"teacher": 3.0, "student": 3 + 2 + 0.5, "student-self": 3 + 1 + 1, "textbook-fp32": 3.0, "textbook-bf16": 3.0, "meanflow": 4.0}
+# targets of splitting three (midpoint leg), one (Euler) or two (the student's own) on half of them. A JVP is counted as two.
+FORWARDS = {"teacher": 3.0, "student": 3 + 2 + 1.5, "student-euler": 3 + 2 + 0.5, "student-self": 3 + 1 + 1, "textbook-fp32": 3.0,
+            "textbook-bf16": 3.0, "meanflow": 4.0}
 CLASSES = 10
 
 
 @dataclass(frozen=True)
 class Config:
-    rows: tuple[RowName, ...] = ("teacher", "student", "student-self", "textbook-fp32", "textbook-bf16", "meanflow")
+    rows: tuple[RowName, ...] = ("teacher", "student", "student-euler", "student-self", "textbook-fp32", "textbook-bf16", "meanflow")
     model: tuple[str, ...] = ("DiT-S/2",)       # presets
     batch_size: tuple[int, ...] = (512,)        # images an update on each GPU
     num_gpus: tuple[int, ...] = (1,)            # more than one: torchrun on this machine, training scripts only
@@ -116,9 +117,9 @@ def command(name: str, model: str, batch: int, gpus: int, steps: int, cfg: Confi
     if name == "teacher":
         row = [*launcher, "train_teacher.py", "--model", model, *script, "--sample-steps", "1", "--guidance-scale", "1"]
     elif name.startswith("student"):
-        split = "self" if name == "student-self" else "anchored"
+        leg = name.removeprefix("student").removeprefix("-") or "midpoint"
         row = [*launcher, "train_student.py", *script, "--teacher", str(folder / "results" / first_teacher(model)),
-               "--split", split, "--num-steps", "1"]
+               "--first-leg", leg, "--num-steps", "1"]
     else:
         kind, _, precision = name.partition("-")
         row = ["-m", f"benchmarks.{kind}", "--model", model, "--batch-size", str(batch)]

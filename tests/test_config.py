@@ -125,7 +125,7 @@ STUDENTS = [
     (["--pinned-steps", "0"], "0: must be one or more counts, each at least 1"),
     (["--num-steps", "1", "0"], "1 0: must be one or more counts, each at least 1"),
     (["--guidance-interval", "0.8", "0.2"], "0.8 0.2: must be two times, 0 <= low <= high <= 1"),
-    (["--split", "both"], "'both'", "'anchored', 'self'"),
+    (["--first-leg", "both"], "'both'", "'midpoint', 'euler', 'self'"),
     (["--r-law", "logit-normal(0, -1)"], "logit-normal(0, -1)", "above 0"),
     (["--lam-law", "constant(2)"], "constant(2)", "(0, 1]"),
 ]
@@ -189,9 +189,9 @@ def test_differences_name_the_field_and_both_values(change, said):
 
 def test_differences_see_a_field_that_one_of_them_lacks():
     config = to_dict(STUDENT())
-    without = {key: value for key, value in config.items() if key != "split"}
-    assert differences(without, config) == ["split: anchored, was None"]
-    assert differences(config, without) == ["split: None, was anchored"]
+    without = {key: value for key, value in config.items() if key != "first_leg"}
+    assert differences(without, config) == ["first_leg: euler, was None"]
+    assert differences(config, without) == ["first_leg: None, was euler"]
 
 
 @pytest.mark.parametrize("file", [*(f"{script}.py" for script in SCRIPTS), "sample.py", "utils/config.py"])

@@ -29,7 +29,7 @@ def stage(request, results, tmp_path):
     else:
         arguments, main, names = [*COMMON, "--teacher", str(results / "teacher-digits")], train_student_mnist.main, ("ema", "raw")
         if "EMA" in request.param:
-            arguments, names = [*arguments, "--target", "ema", "--split", "self"], (*names, "target")
+            arguments, names = [*arguments, "--target", "ema", "--first-leg", "self"], (*names, "target")
     return main, [*arguments, "--results-dir", str(tmp_path)], tmp_path / f"{request.param.split()[0]}-digits", names
 
 

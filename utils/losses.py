@@ -11,7 +11,7 @@ reduction and precision are the caller's. Shapes: z_t (B, ...), r, t, lam (B,), 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from utils.flow import conditional_velocity, interpolate, pad_like, step
 from utils.guidance import Velocity
 
 AverageVelocity = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]        # u(z, r, t, y)
+Leg = Literal["midpoint", "euler", "self"]      # first leg u_st: one midpoint or Euler step of the teacher's ODE, or the student's own
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
@@ -44,11 +45,16 @@ def boundary_loss(u: AverageVelocity, v: Velocity, z_t: Tensor, t: Tensor, y: Te
     return squared_error(u(z_t, t, t, y), v_t)
 
 
+def split_time(r: Tensor, t: Tensor, lam: Tensor) -> Tensor:
+    """s in [r, t]; lam = 0 splits at t, lam = 1 at r."""
+    return (1 - lam) * t + lam * r
+
+
 @torch.no_grad()
 def splitting_target(u: AverageVelocity, z_t: Tensor, r: Tensor, t: Tensor, lam: Tensor, y: Tensor,
                      u_st: Tensor | None = None) -> Tensor:
     """Right-hand side of Eq. 11. `u_st` is the first leg; None asks u itself for it, as Algorithm 1 does."""
-    s = (1 - lam) * t + lam * r                             # lam = 0 splits at t, lam = 1 at r
+    s = split_time(r, t, lam)
     if u_st is None:
         u_st = u(z_t, s, t, y)                              # first leg, from t down to s
     u_rs = u(step(z_t, s, t, u_st), r, s, y)                # second leg, from z_s down to r
@@ -60,15 +66,26 @@ def interval_splitting_loss(u: AverageVelocity, z_t: Tensor, r: Tensor, t: Tenso
     return squared_error(u(z_t, r, t, y), splitting_target(u, z_t, r, t, lam, y))
 
 
-def anchored_splitting_loss(u: AverageVelocity, v: Velocity, z_t: Tensor, r: Tensor, t: Tensor, lam: Tensor, y: Tensor) -> Tensor:
-    """Interval Splitting Consistency whose first leg is anchored at the teacher: u_st := v(z_t, t, y).
+@torch.no_grad()
+def midpoint_leg(v: Velocity, z_t: Tensor, v_t: Tensor, s: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    """Mean velocity of the teacher's ODE from t down to s by the midpoint rule, to second order in t - s; v_t is v(z_t, t, y)."""
+    middle = (s + t) / 2
+    return v(step(z_t, middle, t, v_t), middle, y)
 
-    Exact as lam -> 0, where u(z_t, s, t) -> v(z_t, t), and it keeps the student from teaching itself nonsense. The residual
-    is of order lam, so it is divided by lam; its limit is MeanFlow's u + (t - r) du/dt - v. (cf. SoFlow, arXiv 2512.15657)
+
+def anchored_splitting_loss(u: AverageVelocity, v: Velocity, z_t: Tensor, r: Tensor, t: Tensor, lam: Tensor, y: Tensor,
+                            midpoint: bool) -> Tensor:
+    """Interval Splitting Consistency whose first leg is anchored at the teacher: one step of its ODE, midpoint or Euler.
+
+    The Euler step, u_st := v(z_t, t, y), is exact as lam -> 0 only, where the residual tends to lam times MeanFlow's
+    u + (t - r) du/dt - v; the midpoint step allows lam to stay large. Either keeps the student from teaching itself nonsense.
+    The residual is divided by lam. (velocity in the first leg: cf. SoFlow, arXiv 2512.15657)
     """
     with torch.no_grad():
-        v_t = v(z_t, t, y)
-    target = splitting_target(u, z_t, r, t, lam, y, u_st=v_t)
+        u_st = v(z_t, t, y)
+        if midpoint:
+            u_st = midpoint_leg(v, z_t, u_st, split_time(r, t, lam), t, y)
+    target = splitting_target(u, z_t, r, t, lam, y, u_st)
     return squared_error(u(z_t, r, t, y), target) / lam.square()
 
 
@@ -96,7 +113,7 @@ class StudentLoss(NamedTuple):
 
 
 def student_loss(u: AverageVelocity, u_target: AverageVelocity, v: Velocity, z_t: Tensor, r: Tensor, t: Tensor, lam: Tensor,
-                 y: Tensor, num_boundary: int, anchored: bool) -> StudentLoss:
+                 y: Tensor, num_boundary: int, leg: Leg) -> StudentLoss:
     """Both student losses over one batch, with a single forward pass that carries gradient.
 
     Equal to `boundary_loss` on the first `num_boundary` rows and to `anchored_splitting_loss` or `interval_splitting_loss`
@@ -107,14 +124,15 @@ def student_loss(u: AverageVelocity, u_target: AverageVelocity, v: Velocity, z_t
         u_target: the network that the splitting targets come from: the student, or an EMA of it.
         v: the teacher's guided velocity.
         num_boundary: rows for the boundary condition; their r and lam are not used.
-        anchored: first leg from the teacher, not from `u_target`.
+        leg: where the first leg comes from; "self" is `u_target`.
     """
     n = num_boundary
     r = torch.cat([t[:n], r[n:]])
     with torch.no_grad():
-        v_t = v(z_t, t, y) if anchored else v(z_t[:n], t[:n], y[:n])
-        target = splitting_target(u_target, z_t[n:], r[n:], t[n:], lam[n:], y[n:], u_st=v_t[n:] if anchored else None)
-        target = torch.cat([v_t[:n], target])
+        v_t = v(z_t[:n], t[:n], y[:n]) if leg == "self" else v(z_t, t, y)
+        u_st = None if leg == "self" else v_t[n:]
+        if leg == "midpoint":
+            u_st = midpoint_leg(v, z_t[n:], v_t[n:], split_time(r[n:], t[n:], lam[n:]), t[n:], y[n:])
+        target = torch.cat([v_t[:n], splitting_target(u_target, z_t[n:], r[n:], t[n:], lam[n:], y[n:], u_st)])
     error = squared_error(u(z_t, r, t, y), target)
-    splitting = error[n:] / lam[n:].square() if anchored else error[n:]
-    return StudentLoss(error[:n], splitting)
+    return StudentLoss(error[:n], error[n:] if leg == "self" else error[n:] / lam[n:].square())

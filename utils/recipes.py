@@ -11,10 +11,13 @@ TEACHER = {
                    warmup_steps=30, sample_every=480, save_every=480),
 }
 
+MIDPOINT = dict(first_leg="midpoint", lam_law="constant(0.3)")
+EULER = dict(first_leg="euler", lam_law="anneal(0.3, 0.05, 0.8)")
+
 STUDENT = {
-    "mnist": dict(steps=6_000, global_batch_size=512, guidance_scale=1.3, guidance_interval=(0.0, 1.0)),
-    "cifar10": dict(steps=5_500, global_batch_size=512, guidance_scale=2.0, guidance_interval=(0.2, 0.8)),
-    "path": dict(steps=10_000, global_batch_size=512, guidance_scale=1.5, guidance_interval=(0.0, 1.0)),
+    "mnist": dict(steps=6_000, global_batch_size=512, guidance_scale=1.3, guidance_interval=(0.0, 1.0), **EULER),
+    "cifar10": dict(steps=5_500, global_batch_size=512, guidance_scale=2.0, guidance_interval=(0.2, 0.8), **MIDPOINT),
+    "path": dict(steps=10_000, global_batch_size=512, guidance_scale=1.5, guidance_interval=(0.0, 1.0), **MIDPOINT),
     "digits": dict(steps=280, global_batch_size=256, guidance_scale=2.5, guidance_interval=(0.0, 1.0), warmup_steps=30,
-                   sample_every=280, save_every=280),
+                   sample_every=280, save_every=280, **EULER),
 }

@@ -8,6 +8,7 @@ process with the same change.
 
 import importlib
 import itertools
+import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -24,7 +25,7 @@ import train_teacher_mnist
 from models import dit
 from utils.flow import pad_like, step
 from utils.guidance import Velocity
-from utils.losses import AverageVelocity, StudentLoss, splitting_target, squared_error, student_loss
+from utils.losses import AverageVelocity, Leg, StudentLoss, squared_error, student_loss
 
 TEACHERS, STUDENTS = (train_teacher, train_teacher_mnist), (train_student, train_student_mnist)
 
@@ -48,6 +49,21 @@ def dropout(rate: float) -> None:
         return self.out(F.dropout(dit.squared_relu(self.hidden(x)), rate, self.training))
 
     change([dit.MLP], "forward", forward)
+
+
+def shifted(x: Tensor) -> Tensor:
+    """An eighth of the channels moved by one patch up, one down, left and right; zeros come in. x: (B, T, D), T a square."""
+    side, part = math.isqrt(x.shape[1]), x.shape[2] // 8
+    up, down, left, right, rest = x.unflatten(1, (side, side)).split([part] * 4 + [x.shape[2] - 4 * part], dim=-1)
+    moved = [F.pad(up[:, 1:], (0, 0, 0, 0, 0, 1)), F.pad(down[:, :-1], (0, 0, 0, 0, 1, 0)),
+             F.pad(left[:, :, 1:], (0, 0, 0, 1)), F.pad(right[:, :, :-1], (0, 0, 1, 0))]
+    return torch.cat([*moved, rest], dim=-1).flatten(1, 2)
+
+
+def shift() -> None:
+    """Each MLP sees some channels of the four patches around it (S2-MLP, arXiv 2106.07477)."""
+    forward = dit.MLP.forward
+    change([dit.MLP], "forward", lambda self, x: forward(self, shifted(x)))
 
 
 def head_size(size: int) -> None:
@@ -189,10 +205,10 @@ def augmentation(rate: float, most_shift: float = 0.125) -> None:
     change(TEACHERS, "flow_matching_loss", augmented)
 
 
-def mixed_split() -> None:
-    """The first leg is the teacher's velocity in every other update, the student's own in the rest."""
-    turn = itertools.cycle([True, False])
-    change(STUDENTS, "student_loss", lambda *args: student_loss(*args[:-1], next(turn)))
+def mixed_leg() -> None:
+    """The first leg is the teacher's in every other update, the student's own in the rest."""
+    turn = itertools.cycle([False, True])
+    change(STUDENTS, "student_loss", lambda *args: student_loss(*args[:-1], "self" if next(turn) else args[-1]))
 
 
 def warm_start(updates: int, substeps: int = 4) -> None:
@@ -200,10 +216,10 @@ def warm_start(updates: int, substeps: int = 4) -> None:
     count = itertools.count()
 
     def loss(u: AverageVelocity, u_target: AverageVelocity, v: Velocity, z_t: Tensor, r: Tensor, t: Tensor, lam: Tensor, y: Tensor,
-             num_boundary: int, anchored: bool) -> StudentLoss:
+             num_boundary: int, leg: Leg) -> StudentLoss:
         n = num_boundary
         if next(count) >= updates:
-            return student_loss(u, u_target, v, z_t, r, t, lam, y, n, anchored)
+            return student_loss(u, u_target, v, z_t, r, t, lam, y, n, leg)
         r = torch.cat([t[:n], r[n:]])
         with torch.no_grad():
             z, times = z_t[n:], [torch.lerp(t[n:], r[n:], i / substeps) for i in range(substeps + 1)]
@@ -218,40 +234,19 @@ def warm_start(updates: int, substeps: int = 4) -> None:
     change(STUDENTS, "student_loss", loss)
 
 
-def midpoint_leg() -> None:
-    """The first leg is the teacher's mean velocity to second order in lam, by the midpoint rule: one more evaluation of it.
-
-    With the velocity at z_t alone the student learns the teacher's flow in Euler steps that each take lam of what remains
-    (docs/method.md), so that lam must end small; a second-order leg lets it stay large.
-    """
-    def loss(u: AverageVelocity, u_target: AverageVelocity, v: Velocity, z_t: Tensor, r: Tensor, t: Tensor, lam: Tensor, y: Tensor,
-             num_boundary: int, anchored: bool) -> StudentLoss:
-        n = num_boundary
-        r = torch.cat([t[:n], r[n:]])
-        with torch.no_grad():
-            v_t = v(z_t, t, y)
-            middle = (t - lam * (t - r) / 2)[n:]
-            u_st = v(step(z_t[n:], middle, t[n:], v_t[n:]), middle, y[n:])
-            target = splitting_target(u_target, z_t[n:], r[n:], t[n:], lam[n:], y[n:], u_st)
-        error = squared_error(u(z_t, r, t, y), torch.cat([v_t[:n], target]))
-        return StudentLoss(error[:n], error[n:] / lam[n:].square())
-
-    change(STUDENTS, "student_loss", loss)
-
-
 PATCHES: dict[str, Callable[[], None]] = {
     "silu": lambda: activation(F.silu),
     "gelu": lambda: activation(lambda x: F.gelu(x, approximate="tanh")),
     "dropout-0.1": lambda: dropout(0.1),
     "compile-whole": lambda: change([dit.DiT], "compile_blocks", lambda self: self.compile(dynamic=False)),
+    "shift": shift,
     "heads-of-128": lambda: head_size(128),
     "parallel": lambda: change([dit], "Block", ParallelBlock),
     "long-skips": long_skips,
     "nearest-of-4": lambda: nearest_noise(4),
     "augmentation": lambda: augmentation(0.12),
-    "mixed-split": mixed_split,
+    "mixed-leg": mixed_leg,
     "warm-start": lambda: warm_start(100),
-    "midpoint-leg": midpoint_leg,
 }
 
 
