@@ -65,6 +65,7 @@ class Config:
     num_steps: tuple[int, ...] = ()             # sampling steps, a row each; empty: 1 2 4 8 for a student, 25 for a teacher
     guidance_scale: tuple[float, ...] = (1.0,)  # teacher only, a row each
     guidance_interval: tuple[float, float] = (0.0, 1.0)     # teacher only: times at which it is guided
+    method: Literal["euler", "heun"] = "euler"  # teacher only: solver; heun evaluates twice a step
     num_images: int = 10_000                    # samples of each row and seed; 50000 for the record
     seeds: int = 3                              # sets of samples, from other noise
     teacher: str | None = None                  # of a student, for the distance from it; None: the one beside the checkpoint, if any
@@ -119,8 +120,9 @@ def rows_of(network: DiT | SiT, student: bool, cfg: Config) -> list[tuple[str, i
                 for n in cfg.num_steps or (1, 2, 4, 8)]
     interval = cfg.guidance_interval
     where = "" if interval == (0, 1) else " at {:g} to {:g}".format(*interval)
-    return [(f"{n} Euler steps, guidance {w}{where if w != 1 else ''}", n * (1 if w == 1 else 2),
-             partial(sample_velocity, guided_velocity(network.velocity, network.null_class, w, interval), num_steps=n))
+    a_step = 2 if cfg.method == "heun" else 1
+    return [(f"{n} {cfg.method.title()} steps, guidance {w}{where if w != 1 else ''}", n * a_step * (1 if w == 1 else 2),
+             partial(sample_velocity, guided_velocity(network.velocity, network.null_class, w, interval), num_steps=n, method=cfg.method))
             for n in cfg.num_steps or (25,) for w in cfg.guidance_scale]
 
 
@@ -153,6 +155,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for flag, free in (("guidance_scale", (1.0,)), ("guidance_interval", (0.0, 1.0))):
         if student and (value := getattr(cfg, flag)) != free:
             raise ValueError(f"--{flag.replace('_', '-')} {' '.join(map(str, value))}: a student has its guidance inside")
+    if student and cfg.method != "euler":
+        raise ValueError(f"--method {cfg.method}: only a teacher's flow is solved; a student jumps")
     architecture = network.architecture
     data = cfg.data or metadata["config"]["data"]
     if data is None:

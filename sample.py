@@ -21,7 +21,7 @@ from models import build_network
 from utils import distributed
 from utils.autoencoder import load_autoencoder
 from utils.checkpoints import load_network
-from utils.config import parse_config, require
+from utils.config import check_interval, parse_config, require
 from utils.data import to_pixels
 from utils.guidance import guided_velocity
 from utils.pictures import save_gif, save_grid
@@ -35,6 +35,7 @@ class Config:
     num_steps: tuple[int, ...] = ()             # sampling steps, one set of images each; empty: 1 2 4 for a student, 25 for a teacher
     classes: tuple[str, ...] = ()               # names or numbers of classes; empty: all
     guidance_scale: float = 1.0                 # teacher only: a student has its guidance inside
+    guidance_interval: tuple[float, float] = (0.0, 1.0)     # teacher only: times at which it is guided
     method: Literal["euler", "heun"] = "euler"  # teacher only: solver; heun evaluates twice a step
     renoise: bool = False                       # student only: jump to the data and add fresh noise, instead of following the flow
     num_images: int = 100                       # images of each set, spread evenly over the classes
@@ -50,6 +51,7 @@ class Config:
         require(self, "num_images", self.num_images >= 1, "at least 1")
         require(self, "batch_size", self.batch_size is None or self.batch_size >= 1, "at least 1, or None")
         require(self, "num_steps", all(n >= 1 for n in self.num_steps), "counts of at least 1")
+        check_interval(self, "guidance_interval")
         require(self, "formats", len(self.formats) > 0, "one or more of grid, png, npz, gif")
 
 
@@ -78,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if student and cfg.guidance_scale != 1:
         raise ValueError(f"--guidance-scale {cfg.guidance_scale}: a student is not guided when it samples; its teacher's guidance, "
                          f"{metadata['config']['guidance_scale']}, is part of it")
+    if student and (cfg.method, cfg.guidance_interval) != ("euler", (0.0, 1.0)):
+        raise ValueError("--method and --guidance-interval are a teacher's: a student has its guidance inside, and jumps")
     if cfg.guidance_scale != 1 and not metadata["classes"]:
         raise ValueError(f"--guidance-scale {cfg.guidance_scale}: this network has no classes to guide to; use 1")
     if not student and cfg.renoise:
@@ -87,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     architecture = metadata["architecture"]
     shape = (architecture["num_channels"], architecture["image_size"], architecture["image_size"])
     decode = load_autoencoder(metadata.get("autoencoder"), cfg.autoencoder, ranks.device).decode
-    v = guided_velocity(network.velocity, network.null_class, cfg.guidance_scale)
+    v = guided_velocity(network.velocity, network.null_class, cfg.guidance_scale, cfg.guidance_interval)
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     batch_size = cfg.batch_size or ranks.batch_size

@@ -69,6 +69,10 @@ def test_teacher_rows_count_guided_evaluations_twice(folder):
     assert [row["name"] for row in late["rows"]] == ["3 Euler steps, guidance 1.0", "3 Euler steps, guidance 2.0 at 0.5 to 1"]
     assert late["rows"][0] == result["rows"][0]             # what is not guided knows no interval
     assert late["rows"][1]["frechet_distance"] != result["rows"][1]["frechet_distance"]
+    heun = run(folder, "teacher-digits.safetensors", "--num-steps", "3", "--method", "heun", "--guidance-scale", "1", "2")
+    assert [row["name"] for row in heun["rows"]] == ["3 Heun steps, guidance 1.0", "3 Heun steps, guidance 2.0"]
+    assert [row["evaluations"] for row in heun["rows"]] == [6, 12]
+    assert heun["rows"][0]["frechet_distance"] != result["rows"][0]["frechet_distance"]
 
 
 def test_same_seeds_give_the_same_numbers(folder):
@@ -79,6 +83,7 @@ def test_same_seeds_give_the_same_numbers(folder):
 @pytest.mark.parametrize(("flags", "error", "message"), [
     (["--guidance-scale", "2"], ValueError, "has its guidance inside"),
     (["--guidance-interval", "0.2", "0.8"], ValueError, "--guidance-interval 0.2 0.8: a student has its guidance inside"),
+    (["--method", "heun"], ValueError, "only a teacher's flow is solved"),
     (["--classifier", "nowhere.safetensors"], FileNotFoundError, "train_classifier.py --data digits"),
     (["--data", "nowhere"], ValueError, "no such data set or path"),
     (["--num-images", "20"], ValueError, "too few"),

@@ -129,12 +129,17 @@ def test_sample(results, tmp_path, capsys):
     for scale in ("1", "3"):
         sample.main([teacher, "--guidance-scale", scale, "--classes", "7", "3", "--num-images", "4", "--num-steps", "2", "--method", "heun",
                      "--formats", "npz", "--out", str(tmp_path / scale), "--device", "cpu"])
-    one, three = (np.load(tmp_path / scale / "2step.npz") for scale in ("1", "3"))
+    sample.main([teacher, "--guidance-scale", "3", "--guidance-interval", "0", "0.1", "--classes", "7", "3", "--num-images", "4",
+                 "--num-steps", "2", "--method", "heun", "--formats", "npz", "--out", str(tmp_path / "late"), "--device", "cpu"])
+    one, three, late = (np.load(tmp_path / scale / "2step.npz") for scale in ("1", "3", "late"))
+    assert not np.array_equal(late["arr_0"], three["arr_0"])
     assert one["labels"].tolist() == [7, 7, 3, 3] and not np.array_equal(one["arr_0"], three["arr_0"])
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["student-digits", "--guidance-scale", "2"], "student is not guided"),
+    (["student-digits", "--guidance-interval", "0", "0.8"], "are a teacher's"),
+    (["student-digits", "--method", "heun"], "are a teacher's"),
     (["student-digits", "--classes", "eleven"], "eleven.*0, 1, 2"),
     (["teacher-digits", "--renoise", "True"], "only a student"),
     (["nowhere"], "no checkpoint"),

@@ -43,10 +43,10 @@ def check_features(a: Tensor, b: Tensor) -> None:
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Frechet distance of the Gaussians fitted to two sets: |mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)) (arXiv 1706.08500)."""
-    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
     check_features(a, b)
-    statistics = [fid_features_to_statistics(features.double().cpu()) for features in (a, b)]
+    statistics = [{"mu": x.mean(0).cpu().numpy(), "sigma": x.T.cov().cpu().numpy()} for x in (a.double(), b.double())]
     return fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
 
 
