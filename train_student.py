@@ -45,7 +45,7 @@ class Config(RunConfig):
     data: str = "cifar10"                       # mnist, cifar10, digits, or the path of a folder or zip of images
     teacher: str | None = None                  # file, checkpoint or run folder; None: newest matching run, else the released one
     model: str | None = None                    # the student has its teacher's size; if given, it must be that
-    steps: int = 5_500                          # updates in all
+    steps: int = 4_800                          # updates in all
     optimizer: Literal["muon", "adamw"] = "muon"    # muon: Muon for the blocks' matrices, AdamW for the rest
     lr: float = 5e-4                            # learning rate of AdamW
     muon_lr: float = 0.01                       # learning rate of Muon
@@ -61,7 +61,7 @@ class Config(RunConfig):
     lam_law: str = "constant(0.3)"              # where to split: uniform, constant(c), or anneal(start, end, share of steps)
     t_law: str = "logit-normal(-0.6, 1.6)"      # draws of t: uniform, or logit-normal(loc, scale)
     r_law: str = "logit-normal(-4, 1.6)"        # draws of r, likewise
-    pinned_share: float = 0.15                  # of the intervals: pinned at those sampled at test time
+    pinned_share: float = 0.4                   # of the intervals: pinned at those sampled at test time
     pinned_steps: tuple[int, ...] = (1, 2)      # the numbers of steps whose intervals these are
     adaptive_power: float = 0.75                # p of the adaptive weight 1 / (loss + 0.001)^p; 0 is the plain loss
     target: Literal["online", "ema"] = "online" # network that makes the splitting targets: the student, or a fast EMA of it

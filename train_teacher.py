@@ -43,7 +43,7 @@ from utils.times import LAWS, draw_times
 class Config(RunConfig):
     data: str = "cifar10"                       # mnist, cifar10, digits, or the path of a folder or zip of images
     model: str = "DiT-S/2"                      # DiT-Nano, Ti, S, B, L or XL, and /2, /4 or /8 for the patch size
-    steps: int = 15_000                         # updates in all
+    steps: int = 13_000                         # updates in all
     optimizer: Literal["muon", "adamw"] = "muon"    # muon: Muon for the blocks' matrices, AdamW for the rest
     lr: float = 1e-3                            # learning rate of AdamW
     muon_lr: float = 0.02                       # learning rate of Muon

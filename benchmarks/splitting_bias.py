@@ -2,7 +2,7 @@
 
     python -m benchmarks.splitting_bias
 
-With the teacher's velocity as first leg and a constant lam, Eq. 11 unrolls to a solver of the teacher's flow whose every step
+With a step of the teacher's flow as first leg and a constant lam, Eq. 11 unrolls to a solver of the teacher's flow whose every step
 takes the share lam of what remains of the interval. On Gaussian data N(0, sd^2) the flow is linear in z, z_t having the standard
 deviation sqrt((1 - t)^2 sd^2 + t^2), so that solver's end point is a product of numbers. No training, no randomness.
 """
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from utils.flow import step
+from utils.guidance import Velocity
+from utils.losses import midpoint_leg
 
 LAMS, SPREADS = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02), (1.0, 0.5, 0.2, 0.05)
 
@@ -21,16 +23,23 @@ def velocity(z: Tensor, t: Tensor, sd: float) -> Tensor:
     return z * (t - left * sd**2) / (left**2 * sd**2 + t**2)
 
 
+def solve(v: Velocity, z: Tensor, y: Tensor, lam: float, midpoint: bool, last: float = 1e-9) -> Tensor:
+    """From noise z (B, ...) to data along v, each step taking the share lam of the time that remains; below `last` all of it."""
+    now = 1.0
+    while now > 0:
+        then = (1 - lam) * now if now > last else 0.0
+        t, s = (torch.full((len(z),), time, dtype=z.dtype, device=z.device) for time in (now, then))
+        leg = v(z, t, y)
+        if midpoint:
+            leg = midpoint_leg(v, z, leg, s, t, y)
+        z, now = step(z, s, t, leg), then
+    return z
+
+
 def kept(lam: float, sd: float, midpoint: bool) -> float:
     """Standard deviation of one-step samples over that of the data; 1 is right."""
-    z, t = torch.ones(2, 1, dtype=torch.float64)
-    while t > 1e-9:
-        s = (1 - lam) * t                                   # towards r = 0
-        leg = velocity(z, t, sd)
-        if midpoint:
-            leg = velocity(step(z, (s + t) / 2, t, leg), (s + t) / 2, sd)
-        z, t = step(z, s, t, leg), s
-    return z.item() / sd
+    one = torch.ones(1, dtype=torch.float64)
+    return solve(lambda z, t, y: velocity(z, t, sd), one, one.long(), lam, midpoint).item() / sd
 
 
 def main() -> None:

@@ -102,6 +102,19 @@ def test_scaling_needs_rows_and_processes(tmp_path):
         scaling.main(["--rows", str(tmp_path / "rows.json"), "--device", "cpu"])
 
 
+def test_the_solver_takes_what_it_says():
+    z, y = torch.randn(3, 2, dtype=torch.float64), torch.zeros(3).long()
+    seen = []
+
+    def v(z, t, y):
+        seen.append(t[0].item())
+        return z * t[:, None]
+
+    assert torch.equal(splitting_bias.solve(v, z, y, 1, midpoint=False), z - z)                     # one Euler step: z - 1 v(z, 1)
+    splitting_bias.solve(v, z, y, 0.5, midpoint=True, last=0.3)
+    assert seen == [1, 1, 0.75, 0.5, 0.375, 0.25, 0.125]
+
+
 @pytest.mark.parametrize(("midpoint", "lam"), [(False, 0.3), (False, 0.05), (True, 0.3)])
 def test_an_anchored_student_is_a_solver(midpoint, lam):
     """The solver whose bias is tabulated satisfies Eq. 11 exactly, with the same leg: it is what such a student converges to."""

@@ -10,7 +10,7 @@ import evaluate
 import train_classifier
 import train_student_mnist
 import train_teacher_mnist
-from benchmarks import sensitivity
+from benchmarks import perfect_student, sensitivity
 from models import Classifier, DiT, student_from_teacher
 from utils import distributed
 from utils.checkpoints import read_weights, write_weights
@@ -73,6 +73,17 @@ def test_teacher_rows_count_guided_evaluations_twice(folder):
     assert [row["name"] for row in heun["rows"]] == ["3 Heun steps, guidance 1.0", "3 Heun steps, guidance 2.0"]
     assert [row["evaluations"] for row in heun["rows"]] == [6, 12]
     assert heun["rows"][0]["frechet_distance"] != result["rows"][0]["frechet_distance"]
+
+
+def test_a_perfect_student_is_its_teacher_in_a_few_steps(folder, capsys):
+    flags = ["--classifier", str(folder / "judge.safetensors"), "--num-images", "300", "--results-dir", str(folder), "--device", "cpu",
+             "--guidance-scale", "2", "--guidance-interval", "0.5", "1"]
+    perfect_student.main([str(folder / "teacher-digits.safetensors"), "--lam", "1", "0.5", "--first-leg", "midpoint", "euler", *flags])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| 2 |")]
+    assert [row[1:3] for row in rows] == [["midpoint", "1"], ["midpoint", "0.5"], ["euler", "1"], ["euler", "0.5"]]
+    assert len({row[3] for row in rows}) > 1                                    # they are not one solver
+    with pytest.raises(ValueError, match="student-digits.safetensors is a student; a teacher's flow is solved here"):
+        perfect_student.main([str(folder / "student-digits.safetensors"), *flags])
 
 
 def test_same_seeds_give_the_same_numbers(folder):

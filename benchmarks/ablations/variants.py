@@ -50,6 +50,7 @@ VARIANTS = [
     student("r-uniform", "--r-law;uniform", "interval ends uniform"),
     student("r-as-t", "--r-law;logit-normal(-0.6, 1.6)", "both ends by one law"),
     student("pinned-0", "--pinned-share;0", "no pinned intervals"),
+    student("pinned-0.15", "--pinned-share;0.15", "fewer pinned intervals"),
     student("pinned-0.4", "--pinned-share;0.4", "more pinned intervals"),
     student("power-0", "--adaptive-power;0", "squared error"),
     student("power-0.5", "--adaptive-power;0.5", "a milder adaptive weight"),
