@@ -109,25 +109,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     for num_steps in cfg.num_steps or ((1, 2, 4) if student else (25,)):
         noise = generator(ranks.device, cfg.seed, "noise")
         renoise = generator(ranks.device, cfg.seed, "renoise") if cfg.renoise else None
-        pixels, first, start = [], None, time.monotonic()
+        pixels, shown, missing, start = [], [], min(100, cfg.num_images), time.monotonic()
         for labels in tqdm(y.split(batch_size), f"{num_steps} steps", disable=None):
             z = torch.randn(len(labels), *shape, generator=noise, device=ranks.device)
             with ranks.autocast():
                 if student:
-                    states = sample_average_velocity(network, z, labels.to(ranks.device), num_steps, renoise, trajectory=first is None)
+                    states = sample_average_velocity(network, z, labels.to(ranks.device), num_steps, renoise, trajectory=missing > 0)
                 else:
-                    states = sample_velocity(v, z, labels.to(ranks.device), num_steps, cfg.method, trajectory=first is None)
-            if first is None:
-                first, states = states[:, : min(100, cfg.num_images)], states[-1]
+                    states = sample_velocity(v, z, labels.to(ranks.device), num_steps, cfg.method, trajectory=missing > 0)
+            if missing > 0:                                 # of the grid and the GIF
+                shown.append(states[:, :missing])
+                missing, states = missing - len(labels), states[-1]
             pixels.append(to_pixels(decode(states)).to("cpu", non_blocking=True))       # the next batch need not wait for it
         if ranks.device.type == "cuda":
             torch.cuda.synchronize()
         pixels, seconds = torch.cat(pixels)[: cfg.num_images], time.monotonic() - start
-        name = f"{num_steps}step"
+        name, trajectory = f"{num_steps}step", torch.cat(shown, dim=1)
         if "grid" in cfg.formats:
-            save_grid(out / f"{name}.png", decode(first[-1]))
+            save_grid(out / f"{name}.png", decode(trajectory[-1]))
         if "gif" in cfg.formats:
-            save_gif(out / f"{name}.gif", decode(first))
+            save_gif(out / f"{name}.gif", decode(trajectory))
         if "npz" in cfg.formats:
             np.savez(out / f"{name}.npz", arr_0=pixels.permute(0, 2, 3, 1).numpy(), labels=y[: cfg.num_images].numpy())
         if "png" in cfg.formats:

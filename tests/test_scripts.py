@@ -120,8 +120,10 @@ def test_sample(results, tmp_path, capsys):
     assert np.array_equal(single, arrays[1]["arr_0"][3, :, :, 0])
     assert Image.open(tmp_path / "s/4step.gif").n_frames == 5 and (tmp_path / "s/2step.png").exists()
 
-    sample.main([run, "--num-images", "20", "--formats", "npz", "--out", str(tmp_path / "t"), "--num-steps", "1", "--batch-size", "7",
-                 "--device", "cpu"])
+    sample.main([run, "--num-images", "20", "--formats", "grid", "npz", "--out", str(tmp_path / "t"), "--num-steps", "1",
+                 "--batch-size", "7", "--device", "cpu"])
+    whole, parts = (np.asarray(Image.open(tmp_path / folder / "1step.png")).astype(int) for folder in "st")
+    assert whole.shape == parts.shape and np.abs(whole - parts).max() <= 1    # all 20, not the first batch
     again = np.load(tmp_path / "t/1step.npz")["arr_0"]
     assert np.abs(again.astype(int) - arrays[1]["arr_0"]).max() <= 1          # batches of any size, the same images
 
