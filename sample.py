@@ -23,7 +23,7 @@ from utils.autoencoder import load_autoencoder
 from utils.checkpoints import load_network
 from utils.config import check_interval, parse_config, require
 from utils.data import to_pixels
-from utils.guidance import guided_velocity
+from utils.guidance import guidance_in_words, guided_velocity
 from utils.pictures import save_gif, save_grid
 from utils.sampling import sample_average_velocity, sample_velocity
 from utils.seeding import generator
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     student = metadata["kind"] == "student"
     if student and cfg.guidance_scale != 1:
         raise ValueError(f"--guidance-scale {cfg.guidance_scale}: a student is not guided when it samples; its teacher's guidance, "
-                         f"{metadata['config']['guidance_scale']}, is part of it")
+                         f"{guidance_in_words(metadata['config'])}, is part of it")
     if student and (cfg.method, cfg.guidance_interval) != ("euler", (0.0, 1.0)):
         raise ValueError("--method and --guidance-interval are a teacher's: a student has its guidance inside, and jumps")
     if cfg.guidance_scale != 1 and not metadata["classes"]:

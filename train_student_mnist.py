@@ -2,7 +2,7 @@
 
     python train_student_mnist.py                       from the newest MNIST teacher in results/, else the released one
     python train_student_mnist.py --data digits         the same on the small digits inside scikit-learn
-    python train_student_mnist.py --first-leg self --lam-law uniform --adaptive-power 0        Algorithm 1 to the letter
+    python train_student_mnist.py --first-leg self --lam-law uniform --adaptive-power 0        Algorithm 1's leg, lam and loss
 
 The teacher's guidance is learned by the student, which samples in 1, 2 or 4 evaluations without any.
 """
@@ -57,7 +57,7 @@ class Config(RunConfig):
     guidance_scale: float = 1.3                 # of the teacher's velocity; 1 is none
     guidance_interval: tuple[float, float] = (0.0, 1.0)     # times at which the teacher is guided
     boundary_share: float = 0.5                 # of each batch: boundary condition; the rest: interval splitting
-    first_leg: Leg = "euler"                    # u_st: a midpoint or Euler step of the teacher's ODE, or the student's own
+    first_leg: Leg = "euler"                    # of a target: a step of the teacher's ODE (euler: lam must end small), or the student's own
     lam_law: str = "anneal(0.3, 0.05, 0.8)"     # where to split: uniform, constant(c), or anneal(start, end, share of steps)
     t_law: str = "logit-normal(-0.6, 1.6)"      # draws of t: uniform, or logit-normal(loc, scale)
     r_law: str = "logit-normal(-4, 1.6)"        # draws of r, likewise

@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if ranks.world_size == 1:
         raise ValueError("one process has nothing to reduce; start it with torchrun --nproc-per-node=N, N the GPUs of a host")
     measured = json.loads(Path(cfg.rows).read_text())
-    rows = [row for row in measured["rows"] if row["num_gpus"] == 1 and row["name"] in ("teacher", "student", "student-self")]
+    rows = [row for row in measured["rows"] if row["num_gpus"] == 1 and row["name"].startswith(("teacher", "student"))]
     if not rows:
         raise ValueError(f"{cfg.rows} holds no teacher or student row of one GPU")
     sizes = {row["model"]: gradient_bytes(row["model"], measured["image_size"]) for row in rows}

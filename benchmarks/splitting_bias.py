@@ -47,7 +47,7 @@ def main() -> None:
     for sd in SPREADS:
         for midpoint in (False, True):
             row = " | ".join(f"{kept(lam, sd, midpoint):.4f}" for lam in LAMS)
-            print(f"| {sd} | {'midpoint' if midpoint else 'velocity at z_t'} | {row} |")
+            print(f"| {sd} | {'midpoint' if midpoint else 'Euler'} | {row} |")
 
 
 if __name__ == "__main__":

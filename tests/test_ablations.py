@@ -45,7 +45,7 @@ def test_runs_results_and_table(tmp_path, monkeypatch):
         started.append(flags)
         folder = Path(flags["--results-dir"], flags["--name"])
         folder.mkdir(parents=True)
-        if "pinned-0.4" in flags["--name"] and "--eval-every" in flags:
+        if "pinned-0.15" in flags["--name"] and "--eval-every" in flags:
             raise RuntimeError("... NonFiniteError: step 12 is not finite")
         (folder / "config.json").write_text(json.dumps({"global_batch_size": 100}))
         (folder / "environment.json").write_text(json.dumps([{"device": "some card"}]))
@@ -55,21 +55,22 @@ def test_runs_results_and_table(tmp_path, monkeypatch):
         (folder / "evaluations.jsonl").write_text(json.dumps(numbers) + "\n")
 
     monkeypatch.setattr(run, "start", start)
-    flags = ["--only", "student", "pinned-0.4", "--seconds", "30", "--seeds", "0", "1", "--out", str(tmp_path),
+    flags = ["--only", "student", "pinned-0.15", "--seconds", "30", "--seeds", "0", "1", "--out", str(tmp_path),
              "--results-dir", str(tmp_path / "runs"), "--teacher", "t.safetensors", "--flags=--global-batch-size 100"]
     run.main(flags)
     assert [f["--steps"] for f in started] == ["100", "600", "600", "600", "600"]  # one probe: they cost alike
     assert all(f["--teacher"] == "t.safetensors" and f["--global-batch-size"] == "100" for f in started)
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [(row["variant"], row["seed"], row.get("fd_1step")) for row in rows] == [
-        ("student", 0, 2.0), ("pinned-0.4", 0, None), ("student", 1, 3.0), ("pinned-0.4", 1, None)]
-    assert shlex.split(rows[1]["command"])[:2] == ["python", "train_student.py"] and "--pinned-share 0.4" in rows[1]["command"]
+        ("student", 0, 2.0), ("pinned-0.15", 0, None), ("student", 1, 3.0), ("pinned-0.15", 1, None)]
+    assert shlex.split(rows[1]["command"])[:2] == ["python", "train_student.py"] and "--pinned-share 0.15" in rows[1]["command"]
     text = (tmp_path / "table.md").read_text()
     assert text.startswith("## cifar10, 30 s a run, some card, `--global-batch-size 100`, of t.safetensors\n\n| student | asks |")
     assert "| student | the defaults | 2.500 ± 0.500 | 0.900 ± 0.000 | 2.0 | 600 | 2 |" in text
-    assert "| pinned-0.4 | more pinned intervals |  |  |  | 600 | 2, 2 not finite |" in text
+    assert "| pinned-0.15 | fewer pinned intervals |  |  |  | 600 | 2, 2 not finite |" in text
     assert (tmp_path / "gradient_norm.png").is_file() and rows[0]["norms"][0] == [0, 1.0]
     run.main(flags)                                         # what is there is not run again
+    run.main([flags[0], "midpoint-0.3", *flags[3:]])      # nor a variant that is the default of CIFAR-10
     assert len(started) == 5
     run.main([*flags[:3], "--seconds", "60", *flags[5:]])   # what is not comparable has a table of its own
     text = (tmp_path / "table.md").read_text()

@@ -1,10 +1,15 @@
 import pytest
 import torch
 
-from utils.guidance import drop_labels, guided_velocity
+from utils.guidance import drop_labels, guidance_in_words, guided_velocity
 
 NULL = 3
 Y = torch.arange(3).repeat(10_000)
+
+
+def test_guidance_in_words():
+    assert guidance_in_words({"guidance_scale": 1.3, "guidance_interval": [0.0, 1.0]}) == "1.3"
+    assert guidance_in_words({"guidance_scale": 2.0, "guidance_interval": (0.2, 0.8)}) == "2 at times 0.2 to 0.8"
 
 
 @pytest.mark.parametrize("rate", [0, 0.1, 0.5, 1])

@@ -29,7 +29,7 @@ def test_splitting_and_boundary_vanish_at_the_oracle():
     assert boundary_loss(ORACLE.u, ORACLE.v, z_t, t, y).max() < 1e-20
 
 
-def test_anchored_splitting_is_exact_as_lam_vanishes():
+def test_the_euler_leg_is_exact_as_lam_vanishes():
     """The anchored residual over lam tends to (u - v + (t - r) du/dt), which is 0, at first order in lam."""
     z_t, r, t, _, y = batch()
     small, smaller = (anchored_splitting_loss(ORACLE.u, ORACLE.v, z_t, r, t, torch.full_like(t, lam), y, midpoint=False).mean()
@@ -56,7 +56,8 @@ def test_mean_flow_vanishes_at_the_oracle_only():
     assert mean_flow_loss(ORACLE.u, z_t, -v_t, r, t, y).mean() > 1e-3
 
 
-def test_mean_flow_is_the_limit_of_anchored_splitting():
+@pytest.mark.parametrize("midpoint", [False, True])
+def test_mean_flow_is_the_limit_of_anchored_splitting(midpoint):
     """Away from the solution too: the anchored residual over lam tends to MeanFlow's own."""
     z_t, r, t, _, y = batch()
 
@@ -64,7 +65,7 @@ def test_mean_flow_is_the_limit_of_anchored_splitting():
         return torch.sin(z) * pad_like(t - r**2, z)
 
     limit = mean_flow_loss(u, z_t, ORACLE.v(z_t, t, y), r, t, y)
-    near = anchored_splitting_loss(u, ORACLE.v, z_t, r, t, torch.full_like(t, 1e-5), y, midpoint=False)
+    near = anchored_splitting_loss(u, ORACLE.v, z_t, r, t, torch.full_like(t, 1e-5), y, midpoint)
     assert torch.allclose(near, limit, rtol=1e-3, atol=1e-6)
 
 

@@ -72,10 +72,10 @@ def networks() -> tuple[Net, Net]:
 
     def loss(x, y, draw, progress):
         eps, t = torch.randn(x.shape, generator=draw), draw_times(n, "logit-normal(-0.6, 1.6)", draw)
-        r, later = draw_intervals(BATCH - n, "logit-normal(-0.6, 1.6)", "logit-normal(-4, 1.6)", 0.15, (1, 2), draw)
+        r, later = draw_intervals(BATCH - n, "logit-normal(-0.6, 1.6)", "logit-normal(-4, 1.6)", 0.4, (1, 2), draw)
         r, t = torch.cat([t, r]), torch.cat([t, later])
-        lam = draw_lam(BATCH, "anneal(0.3, 0.05, 0.8)", progress, draw)
-        parts = student_loss(student, student, v, interpolate(x, eps, t), r, t, lam, y, n, leg="euler")
+        lam = draw_lam(BATCH, "constant(0.3)", progress, draw)
+        parts = student_loss(student, student, v, interpolate(x, eps, t), r, t, lam, y, n, leg="midpoint")
         return torch.cat(parts).mean()
 
     train(student, loss, 2500)

@@ -1,5 +1,6 @@
 """The commands of the README and of docs/: every flag is one that its script has, and a stranger's folder trains with them."""
 
+import ast
 import importlib
 import re
 import shlex
@@ -49,6 +50,38 @@ def test_every_flag_exists(page, name, flags, monkeypatch, tmp_path):
 def test_there_are_commands():
     names = {name for _, name, _ in ALL}
     assert {"train_teacher", "train_student", "sample", "evaluate", "release", "export", "benchmarks.throughput"} <= names and len(ALL) > 40
+
+
+def headings(page: Path) -> set[str]:
+    """Anchors as GitHub makes them."""
+    lines = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_link_leads_somewhere(page):
+    """Within the repository; in a clone, what git ignores is not there."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith(("http:", "https:")):
+            continue
+        file, _, anchor = target.partition("#")
+        aim = page.parent / file if file else page
+        assert aim.exists(), f"{target} is not there"
+        assert not anchor or anchor in headings(aim), f"{target}: no such heading"
+
+
+def examples(script: Path) -> list[tuple[str, list[str]]]:
+    """The commands in a script's docstring, one a line, with an explanation after some spaces."""
+    lines = (ast.get_docstring(ast.parse(script.read_text())) or "").splitlines()
+    return [found for line in lines if line.startswith("    ") for found in commands(f"`{re.split(r'  +', line.strip())[0]}`")]
+
+
+@pytest.mark.parametrize(("name", "flags"), [
+    found for script in (*ROOT.glob("*.py"), *(ROOT / "benchmarks").rglob("*.py")) for found in examples(script)])
+def test_every_flag_of_a_docstring_exists(name, flags):
+    module = importlib.import_module(name)
+    if hasattr(module, "Config") and "rows.json" not in " ".join(flags):
+        parse_config(module.Config, flags, None)
 
 
 def test_a_stranger_s_folder(tmp_path, monkeypatch):

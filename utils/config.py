@@ -1,7 +1,7 @@
 """From a frozen dataclass to a command line and back to JSON.
 
 A script's Config holds its flags: the field's name is the flag, its comment the help text, its default the published
-recipe. `RECIPES` in the script says what differs for another data set, so `--data digits --help` shows that recipe.
+recipe. `utils/recipes.py` says what differs for another data set, so `--data digits --help` shows that recipe.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """Classifier-free guidance (Ho & Salimans, arXiv 2207.12598). A teacher learns with labels dropped; its guided velocity
 is the student's target, and the student itself samples without guidance."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +10,12 @@ from torch import Tensor
 from utils.flow import pad_like
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]       # v(z, t, y)
+
+
+def guidance_in_words(config: Mapping[str, Any]) -> str:
+    """The guidance that a student learned, from its config: "1.3", or "2 at times 0.2 to 0.8"."""
+    low, high = config["guidance_interval"]
+    return f"{config['guidance_scale']:g}" + (f" at times {low:g} to {high:g}" if (low, high) != (0, 1) else "")
 
 
 def drop_labels(y: Tensor, null_class: int, rate: float, coin: Tensor) -> Tensor:

@@ -4,7 +4,8 @@
     (t - r) u(z_t, r, t) = (s - r) u(z_s, r, s) + (t - s) u(z_t, s, t),   r <= s <= t                       (Eq. 10)
 
 With lam = (t - s) / (t - r) that is u_rt = (1 - lam) u_rs + lam u_st (Eq. 11). The right-hand side is the target and
-carries no gradient: the backward pass goes through u(z_t, r, t) alone (Algorithm 1).
+carries no gradient: the backward pass goes through u(z_t, r, t) alone (Algorithm 1). In place of the student's own u_st one step of
+the teacher's ODE may stand (`Leg`): the default, see docs/method.md.
 
 Losses are pure: callables u(z, r, t, y) and v(z, t, y), states and times in; one value per sample out. Weighting,
 reduction and precision are the caller's. Shapes: z_t (B, ...), r, t, lam (B,), y (B,) long; results (B,) float32.
@@ -62,7 +63,7 @@ def splitting_target(u: AverageVelocity, z_t: Tensor, r: Tensor, t: Tensor, lam:
 
 
 def interval_splitting_loss(u: AverageVelocity, z_t: Tensor, r: Tensor, t: Tensor, lam: Tensor, y: Tensor) -> Tensor:
-    """Interval Splitting Consistency with both legs the student's own: Algorithm 1 to the letter."""
+    """Interval Splitting Consistency with both legs the student's own, as in Algorithm 1."""
     return squared_error(u(z_t, r, t, y), splitting_target(u, z_t, r, t, lam, y))
 
 
@@ -77,9 +78,9 @@ def anchored_splitting_loss(u: AverageVelocity, v: Velocity, z_t: Tensor, r: Ten
                             midpoint: bool) -> Tensor:
     """Interval Splitting Consistency whose first leg is anchored at the teacher: one step of its ODE, midpoint or Euler.
 
-    The Euler step, u_st := v(z_t, t, y), is exact as lam -> 0 only, where the residual tends to lam times MeanFlow's
-    u + (t - r) du/dt - v; the midpoint step allows lam to stay large. Either keeps the student from teaching itself nonsense.
-    The residual is divided by lam. (velocity in the first leg: cf. SoFlow, arXiv 2512.15657)
+    Either keeps the student from teaching itself nonsense. The residual is divided by lam; as lam -> 0 it tends to MeanFlow's
+    u + (t - r) du/dt - v. The Euler step, u_st := v(z_t, t, y), is right only there, to first order in lam (t - r); the midpoint
+    step, to second order, lets lam stay large. (velocity in the first leg: cf. SoFlow, arXiv 2512.15657)
     """
     with torch.no_grad():
         u_st = v(z_t, t, y)

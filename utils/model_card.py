@@ -7,6 +7,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from utils.guidance import guidance_in_words
+
 USE = """```python
 import torch
 from pipeline import SplitMeanFlowPipeline     # from the project's repository
@@ -58,7 +60,7 @@ def model_card(name: str, metadata: dict[str, Any], run: Path, evaluation: Path 
     classes = metadata["classes"]
     call = f"class_labels=[{classes[0]!r}]" if classes else "batch_size=4"
     what = ("Few-step student: an image in 1, 2 or 4 network evaluations. Its teacher's guidance, "
-            f"{config['guidance_scale']}, is part of it." if student else
+            f"{guidance_in_words(config)}, is part of it." if student else
             "Flow-matching teacher: velocities of an ODE, solved in some 25 steps, with or without guidance.")
     if evaluation is not None:
         table = evaluation / "table.md"

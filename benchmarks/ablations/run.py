@@ -1,16 +1,18 @@
 """What each choice is worth: one change at a time, all runs given the same time on the same device, two seeds.
 
     python -m benchmarks.ablations.run --teacher results/teacher-cifar10                          every variant, 90 s each
-    python -m benchmarks.ablations.run --only student lam-uniform target-ema --seconds 120 --seeds 0 1 2
+    python -m benchmarks.ablations.run --only student midpoint-uniform target-ema --seconds 120 --seeds 0 1 2
     python -m benchmarks.ablations.run --table-only True                          table.md from results.jsonl
 
 A run is the training script's own command line, or that of patches.py around it. A short one tells how fast the variant is, or
 one of the same cost; then it gets as many updates as fit into --seconds, its schedules included. Its last quick evaluation
 (5,000 images) is the result, one line of results.jsonl; what is there already is not run again, so the same command goes on.
+A variant that is the default of --data is left to the row of the defaults.
 Also writes table.md, a section for each time, data set, device, teacher and further flags, and gradient_norm.png of the
 students of the longest section.
 """
 
+import importlib
 import json
 import shlex
 import statistics
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ablations.variants import VARIANTS, Variant
+from utils import recipes
 from utils.config import parse_config, require
 from utils.pictures import pyplot
 
@@ -50,13 +53,26 @@ class Config:
         require(self, "seeds", len(self.seeds) > 0, "one or more")
 
 
+def script(stage: str, data: str) -> str:
+    return f"train_{stage}{'_mnist' if data in ('mnist', 'digits') else ''}"
+
+
+def is_default(variant: Variant, data: str) -> bool:
+    """Whether its flags say what the recipe of the data set says anyway."""
+    config_class = importlib.import_module(script(variant.stage, data)).Config
+    plain, changed = (parse_config(config_class, ["--data", data, *flags], None, getattr(recipes, variant.stage.upper()))
+                      for flags in ([], variant.flags))
+    return variant.flags != [] and variant.patch is None and plain == changed
+
+
 def command(variant: Variant, seed: int, steps: int, cfg: Config, name: str, log_every: int, extra: Sequence[str]) -> list[str]:
-    script = f"train_{variant.stage}{'_mnist' if cfg.data in ('mnist', 'digits') else ''}.py"
     teacher = ["--teacher", cfg.teacher] if variant.stage == "student" and cfg.teacher else []
     patched = ["-m", "benchmarks.ablations.patches", variant.patch] if variant.patch else []
-    return [*patched, script, "--data", cfg.data, "--data-root", cfg.data_root, "--seed", str(seed), "--steps", str(steps), "--name", name,
-            "--results-dir", cfg.results_dir, "--log-every", str(log_every), "--sample-every", str(steps), "--save-every", str(steps),
-            "--comet", "off", *teacher, *extra, *shlex.split(cfg.flags), *variant.flags]
+    return [*patched, f"{script(variant.stage, cfg.data)}.py", "--data", cfg.data, "--data-root", cfg.data_root, "--seed", str(seed),
+            "--steps", str(steps), "--name", name, "--results-dir", cfg.results_dir, "--log-every", str(log_every),
+            "--sample-every", str(steps), "--save-every", str(steps), "--comet", "off", *teacher, *extra, *shlex.split(cfg.flags),
+            *variant.flags]
+
 
 
 def start(line: list[str]) -> None:
@@ -75,7 +91,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def spike(norms: Sequence[float], window: int = 20) -> float:
-    """The greatest gradient norm over the median of the `window` logged before it (issue: none above 10). norms: in order."""
+    """The greatest gradient norm over the median of the `window` logged before it. norms: in order."""
     return max((norm / statistics.median(norms[max(0, i - window) : i]) for i, norm in enumerate(norms) if i >= 3), default=1.0)
 
 
@@ -171,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for variant in VARIANTS:
                 this = {"variant": variant.name, "seed": seed, **settings(cfg)}
                 known = any(this.items() <= row.items() for row in read_lines(file))
-                if (cfg.only and variant.name not in cfg.only) or known:
+                if (cfg.only and variant.name not in cfg.only) or known or is_default(variant, cfg.data):
                     continue
                 result = measure(variant, seed, cfg)
                 with open(file, "a") as lines:
