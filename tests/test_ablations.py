@@ -31,6 +31,14 @@ def test_a_variant_differs_from_the_defaults_as_it_says(variant):
     assert next(v for v in VARIANTS if v.name == variant.cost).stage == variant.stage
 
 
+def test_a_variant_is_the_default_of_a_data_set_and_of_flags():
+    fewer, more = (next(v for v in VARIANTS if v.name == name) for name in ("pinned-0.15", "pinned-0.4"))
+    assert run.is_default(more, run.Config()) and not run.is_default(fewer, run.Config())
+    assert run.is_default(fewer, run.Config(data="mnist")) and not run.is_default(more, run.Config(data="mnist"))
+    flags = run.Config(flags="--pinned-share 0.15")         # what the flags turn round is a variant again
+    assert run.is_default(fewer, flags) and not run.is_default(more, flags)
+
+
 def test_spike():
     assert run.spike([1.0, 1.0, 1.0, 1.0, 12.0, 1.0]) == 12.0
     assert run.spike([50.0, 1.0, 1.0, 1.0, 1.0, 1.0]) == pytest.approx(1.0)     # the first ones have nothing to be compared with

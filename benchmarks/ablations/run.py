@@ -26,7 +26,7 @@ from typing import Any
 from benchmarks.ablations.variants import VARIANTS, Variant
 from utils import recipes
 from utils.config import parse_config, require
-from utils.pictures import pyplot
+from utils.pictures import pyplot, read_lines
 
 HERE = Path(__file__).parent
 
@@ -57,10 +57,11 @@ def script(stage: str, data: str) -> str:
     return f"train_{stage}{'_mnist' if data in ('mnist', 'digits') else ''}"
 
 
-def is_default(variant: Variant, data: str) -> bool:
-    """Whether its flags say what the recipe of the data set says anyway."""
-    config_class = importlib.import_module(script(variant.stage, data)).Config
-    plain, changed = (parse_config(config_class, ["--data", data, *flags], None, getattr(recipes, variant.stage.upper()))
+def is_default(variant: Variant, cfg: Config) -> bool:
+    """Whether its flags say what the runs' own flags and the recipe of the data set say anyway."""
+    config_class = importlib.import_module(script(variant.stage, cfg.data)).Config
+    common = ["--data", cfg.data, *shlex.split(cfg.flags)]
+    plain, changed = (parse_config(config_class, [*common, *flags], None, getattr(recipes, variant.stage.upper()))
                       for flags in ([], variant.flags))
     return variant.flags != [] and variant.patch is None and plain == changed
 
@@ -84,10 +85,6 @@ def start(line: list[str]) -> None:
     done = subprocess.run([sys.executable, *line], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{shlex.join(line)} ended with {done.returncode}:\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def spike(norms: Sequence[float], window: int = 20) -> float:
@@ -187,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for variant in VARIANTS:
                 this = {"variant": variant.name, "seed": seed, **settings(cfg)}
                 known = any(this.items() <= row.items() for row in read_lines(file))
-                if (cfg.only and variant.name not in cfg.only) or known or is_default(variant, cfg.data):
+                if (cfg.only and variant.name not in cfg.only) or known or is_default(variant, cfg):
                     continue
                 result = measure(variant, seed, cfg)
                 with open(file, "a") as lines:
