@@ -166,11 +166,11 @@ def residual_map(u: AverageVelocity, z_at: Callable[[Tensor], Tensor], y: Tensor
     """
     result = torch.full((points, points), float("nan"))
     for i in range(points):
-        t = torch.full((len(y),), (i + 1) / points, device=y.device)
-        z_t = z_at(t)
-        for j in range(i + 1):
-            r = torch.full_like(t, j / points)
-            result[i, j] = interval_splitting_loss(u, z_t, r, t, torch.full_like(t, 0.5), y).mean().item()
+        r = torch.arange(i + 1, device=y.device).repeat_interleave(len(y)) / points     # every r below one t in one batch
+        t = torch.full_like(r, (i + 1) / points)
+        z_t = z_at(t[: len(y)]).repeat(i + 1, 1, 1, 1)
+        losses = interval_splitting_loss(u, z_t, r, t, torch.full_like(t, 0.5), y.repeat(i + 1))
+        result[i, : i + 1] = losses.view(i + 1, len(y)).mean(1)
     return result
 
 
