@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 from models import Classifier, build_network, student_from_teacher
 from utils import distributed, recipes
 from utils.autoencoder import load_autoencoder
-from utils.checkpoints import load_network, read_latest, start_from
+from utils.checkpoints import load_network, read_latest, start_from, weights_id
 from utils.config import RunConfig, check_interval, check_law, parse_config, require, to_dict
 from utils.data import Batches, check_guidance, load_data
 from utils.evaluation import QuickEvaluation
@@ -36,7 +36,7 @@ from utils.sampling import sample_average_velocity
 from utils.schedules import learning_rate_factor
 from utils.seeding import fold, generator
 from utils.sharding import load_weights, shard, whole
-from utils.teachers import check_teacher, find_teacher
+from utils.teachers import check_teacher, find_teacher, note_other_teacher
 from utils.times import LAM_LAWS, LAWS, draw_intervals, draw_lam, draw_times
 
 
@@ -109,8 +109,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_teacher(path, teacher_metadata, images, cfg.model)
     torch.manual_seed(fold(cfg.seed, "weights"))            # alike on every rank
     student = student_from_teacher(teacher)
+    teacher_id = weights_id(teacher)
     if cfg.start_from:
-        start_from(student, cfg.start_from)
+        note_other_teacher(cfg.start_from, start_from(student, cfg.start_from), teacher_id, run.note)
     ema = ModelEmaV3(student, decay=cfg.ema_decay, use_warmup=True, warmup_gamma=9, warmup_power=1, exclude_buffers=True)
     target_ema = ModelEmaV3(student, decay=cfg.target_decay, exclude_buffers=True) if cfg.target == "ema" else None
     if cfg.shard:
@@ -127,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         optimizer.load_state_dict(training["optimizer"])
         done, seconds = training["step"], training["seconds"]
     metadata = dict(kind="student", architecture=student.architecture, classes=images.classes, autoencoder=images.autoencoder,
-                    config=to_dict(cfg))
+                    teacher=teacher_id, config=to_dict(cfg))
     if cfg.compile and device.type == "cuda":
         for network in (teacher, student, *([target_ema.module] if target_ema else [])):
             network.compile_blocks()

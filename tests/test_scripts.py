@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from runs import COMMON, STEPS, TEACHER, assert_same, make_images
 
+import release
 import sample
 import train_student
 import train_student_mnist
@@ -66,6 +67,19 @@ def test_start_from_another_run(results, tmp_path, stage):
     script.main([*flags, "--results-dir", str(tmp_path), "--start-from", str(results / f"{stage}-digits"), *STILL])
     ours, theirs = (load_network(folder / f"{stage}-digits", DiT)[0].state_dict() for folder in (tmp_path, results))
     assert max((ours[name] - theirs[name]).abs().max().item() for name in theirs) < 1e-6
+
+
+def test_a_student_of_another_teacher_is_told_apart(results, tmp_path, capsys):
+    """By the weights as released: a run and its bf16 file are one teacher; a changed one is another, which is said."""
+    teacher = results / "teacher-digits"
+    release.main([str(teacher), str(tmp_path / "released.safetensors")])
+    flags = [*COMMON, "--results-dir", str(tmp_path), "--start-from", str(results / "student-digits")]
+    train_student_mnist.main([*flags, "--teacher", str(tmp_path / "released.safetensors"), "--name", "same"])
+    assert "learnt from teacher" not in capsys.readouterr().out
+    train_teacher_mnist.main([*TEACHER, "--results-dir", str(tmp_path), "--name", "other", "--seed", "1"])
+    train_student_mnist.main([*flags, "--teacher", str(tmp_path / "other"), "--name", "other-student"])
+    ids = [load_network(tmp_path / name, DiT)[1]["teacher"] for name in ("same", "other-student")]
+    assert f"learnt from teacher {ids[0]}, this run's teacher is {ids[1]}" in capsys.readouterr().out
 
 
 def test_start_from_with_other_classes(results, tmp_path):

@@ -41,6 +41,11 @@ def fingerprint(*parts: Tensor | bytes) -> str:
     return digest.hexdigest()
 
 
+def weights_id(network: nn.Module) -> str:
+    """`fingerprint` of a network's weights as they are released, in bf16: alike for a run and for its released file."""
+    return fingerprint(*(tensor.bfloat16() for tensor in network.state_dict().values()))
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Write one safetensors file through a temporary one: it is there whole or not at all.
 
@@ -202,11 +207,14 @@ def resolve_weights(path: Path | str) -> Path:
     return folders[-1] / "ema.safetensors"
 
 
-def start_from(network: nn.Module, path: Path | str) -> None:
+def start_from(network: nn.Module, path: Path | str) -> dict[str, Any]:
     """Give a fresh network the EMA weights of another run; one of other classes keeps its own label embedding.
 
     Args:
         path: anything that `resolve_weights` takes.
+
+    Returns:
+        The file's metadata.
 
     Raises:
         FileNotFoundError, CheckpointError: as above.
@@ -221,6 +229,7 @@ def start_from(network: nn.Module, path: Path | str) -> None:
     if different:
         weights["label_embed.weight"] = network.label_embed.weight
     network.load_state_dict(weights)
+    return metadata
 
 
 def load_network(path: Path | str, network_class: Callable[..., nn.Module], device: torch.device | str = "cpu",

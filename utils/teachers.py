@@ -1,7 +1,9 @@
 """Which teacher a student learns from."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from utils.autoencoder import same_autoencoder
 from utils.checkpoints import resolve_weights, step_folders
@@ -55,3 +57,15 @@ def check_teacher(path: Path, metadata: dict, images: Images | Latents, model: s
     if not same_autoencoder(metadata.get("autoencoder"), images.autoencoder):
         raise ValueError(f"--teacher {path} was trained on latents of {metadata.get('autoencoder')}, --data {images.name} has those of "
                          f"{images.autoencoder} (None: pixels)")
+
+
+def note_other_teacher(start: str, metadata: dict[str, Any], teacher_id: str, note: Callable[[str], None]) -> None:
+    """Say so if the student that a run starts from learnt from another teacher; students of old files do not tell.
+
+    Args:
+        start, metadata: the student's path and metadata.
+        teacher_id: `utils.checkpoints.weights_id` of this run's teacher.
+    """
+    if metadata.get("teacher", teacher_id) != teacher_id:
+        note(f"note: the student --start-from {start} learnt from teacher {metadata['teacher']}, this run's teacher is {teacher_id}. "
+             "Without --start-from it would start as its own teacher, which served better (docs/method.md, Where a student starts)")
