@@ -148,13 +148,17 @@ def twenty(results, tmp_path_factory):
         for folder in step_folders(folders[way] / "teacher-digits/checkpoints"):
             if folder.name != "step_00000004":
                 shutil.rmtree(folder)
-    jobs = [[f"train_{stage}_mnist", *arguments[stage], "--results-dir", str(folders[way]), "--shard", str(way == "split")]
+    apart = {"two": [], "split": ["--shard", "True", "--sample-every", "10"]}           # samples between updates, too
+    jobs = [[f"train_{stage}_mnist", *arguments[stage], "--results-dir", str(folders[way]), *apart[way]]
             for way in ("two", "split") for stage in arguments]
+    with_target = [*arguments["student"], "--steps", "4", "--target", "ema", "--name", "student-target", "--results-dir"]
+    train_student_mnist.main([*with_target, str(folders["one"])])
+    jobs.append(["train_student_mnist", *with_target, str(folders["split"]), "--shard", "True"])
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "tests/two_processes.py",
                            json.dumps(jobs)],
                           cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("finished 20 updates") == len(jobs)                # only rank 0 speaks
+    assert done.stdout.count("finished 20 updates") == 4                        # only rank 0 speaks
     assert done.stdout.count("going on after step 4") == 2
     return folders
 
@@ -170,6 +174,13 @@ def test_two_processes_equal_one(twenty, stage, way):
     rows, other_rows = ([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (one, other))
     for name in ("loss", "grad_norm"):
         assert [row[name] for row in rows] == pytest.approx([row[name] for row in other_rows], rel=1e-3)
+
+
+def test_split_target_network_equals_a_whole_one(twenty):
+    a, b = (everything(twenty[way] / "student-target", ("ema", "raw", "target"), steps=4) for way in ("one", "split"))
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
 
 
 def test_what_two_processes_split_one_goes_on_with(twenty, results, monkeypatch):

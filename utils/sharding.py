@@ -30,7 +30,7 @@ def shard(ranks: Ranks, *networks: nn.Module) -> None:
     for network in networks:
         for layer in network.layers:
             fully_shard(layer, mesh=mesh)
-        fully_shard(network, mesh=mesh)
+        fully_shard(network, mesh=mesh, reshard_after_forward=True)     # not the default of a root, whose weights an EMA updates next
 
 
 def whole(tensor: Tensor) -> Tensor:
