@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     shape = (architecture["num_channels"], architecture["image_size"], architecture["image_size"])      # of the network's noise
     autoencoder = load_autoencoder(metadata.get("autoencoder"), cfg.autoencoder, ranks.device)
     image_shape = autoencoder.image_shape(shape)
-    images = load_images(originals(data), cfg.data_root, image_shape[-1], cfg.num_workers)
+    images = load_images(originals(data), cfg.data_root, image_shape[-1], cfg.num_workers, image_shape[0])
     if (images.shape, images.classes) != (image_shape, metadata["classes"]):
         raise ValueError(f"--data {images.name} has shape {images.shape} and classes {images.classes}; {cfg.checkpoint} was trained on "
                          f"{image_shape[0]} channels and classes {metadata['classes']}")

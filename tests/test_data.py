@@ -1,6 +1,9 @@
 import io
 import re
+import threading
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.error import URLError
 
@@ -110,14 +113,30 @@ def test_unknown_name_lists_what_is_allowed():
 
 
 @pytest.mark.parametrize("error", [RuntimeError("Error downloading train-images-idx3-ubyte.gz"), URLError("no route to host")])
-def test_without_a_network_the_message_offers_digits(monkeypatch, error):
+def test_without_a_network_the_message_offers_digits(monkeypatch, tmp_path, error):
     def offline(*_, **__):
         raise error
 
     monkeypatch.setattr(torchvision.datasets, "MNIST", offline)
     with pytest.raises(ValueError, match="--data mnist.*here.*--data digits") as raised:
-        load_images("mnist", "here")
+        load_images("mnist", str(tmp_path / "here"))
     assert str(error) in str(raised.value)
+
+
+def test_one_download_at_a_time(monkeypatch, tmp_path):
+    """The processes that torchrun starts on a host all ask for the data at once."""
+    busy, alone = threading.Lock(), []
+
+    def download(*_, **__):
+        alone.append(busy.acquire(blocking=False))
+        time.sleep(0.05)
+        busy.release()
+        raise RuntimeError("no file yet")
+
+    monkeypatch.setattr(torchvision.datasets, "MNIST", download)
+    with ThreadPoolExecutor(3) as pool:
+        errors = [future.exception() for future in [pool.submit(load_images, "mnist", str(tmp_path)) for _ in range(3)]]
+    assert alone == [True] * 3 and all("no file yet" in str(error) for error in errors)
 
 
 # A user's own images.
@@ -167,6 +186,46 @@ def test_sixteen_bits_keep_their_upper_eight(tmp_path):
     gray16(np.arange(256).reshape(16, 16) << 8 | 0x7F, tmp_path / "a.png")
     pixels, _, _ = load_folder(tmp_path, 16, 1)
     assert torch.equal(pixels.flatten(), torch.arange(256, dtype=torch.uint8))
+
+
+def test_sixteen_bits_of_either_byte_order(tmp_path):
+    values = (np.arange(256).reshape(16, 16) << 8 | 0x7F).astype(">u2")
+    Image.frombytes("I;16B", (16, 16), values.tobytes()).save(tmp_path / "a.tif")
+    assert Image.open(tmp_path / "a.tif").mode == "I;16B"
+    assert torch.equal(load_folder(tmp_path, 16, 1)[0].flatten(), torch.arange(256, dtype=torch.uint8))
+
+
+def test_floating_point_images_are_refused(tmp_path):
+    Image.fromarray(np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=r"cannot read image .*a\.tif: its pixels are floating-point"):
+        load_folder(tmp_path, 16, 1)
+
+
+def test_gray_images_may_be_read_as_colour(class_folders, tmp_path):
+    """A network of colour images, or of latents, sees three channels whatever the images are."""
+    save(tmp_path / "gray" / "a.png", flat(GRAY, mode="L"))
+    one, three = (load_images(str(tmp_path / "gray"), image_size=8, num_channels=n) for n in (None, 3))
+    assert one.shape == (1, 8, 8) and three.shape == (3, 8, 8) and torch.equal(three.pixels, one.pixels.expand(-1, 3, -1, -1))
+    assert load_images(str(class_folders), image_size=8, num_channels=1).shape == (3, 8, 8)
+
+
+def test_linked_class_folder(class_folders, tmp_path):
+    (tmp_path / "linked").mkdir()
+    for folder in class_folders.iterdir():
+        (tmp_path / "linked" / folder.name).symlink_to(folder, target_is_directory=True)
+    one, other = load_folder(class_folders, 8, 1), load_folder(tmp_path / "linked", 8, 1)
+    assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1]) and one[2] == other[2]
+
+
+def test_zip_with_backslashes_and_a_folder_that_ends_like_an_image(class_folders, tmp_path):
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        archive.mkdir("odd.png")
+        for file in class_folders.rglob("*.*"):
+            info = zipfile.ZipInfo("x")
+            info.filename = str(file.relative_to(class_folders)).replace("/", "\\")
+            archive.writestr(info, file.read_bytes())
+    one, other = load_folder(class_folders, 8, 1), load_folder(tmp_path / "photos.zip", 8, 1)
+    assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1]) and one[2] == other[2]
 
 
 def test_transparent_palette_shows_white(tmp_path):

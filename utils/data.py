@@ -1,11 +1,14 @@
 """Images as one uint8 tensor, and batches as a function of the step."""
 
+import os
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 import torchvision
+from filelock import FileLock
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -84,7 +87,10 @@ def load_torchvision(name: str, root: str, train: bool = True) -> tuple[Tensor, 
     """
     data_class = {"mnist": torchvision.datasets.MNIST, "cifar10": torchvision.datasets.CIFAR10}[name]
     try:
-        data = data_class(root, train=train, download=True)
+        Path(root).mkdir(parents=True, exist_ok=True)
+        # All processes of a host come here at once, and torchvision would have each write the same files.
+        with FileLock(Path(root, ".download.lock")) if os.access(root, os.W_OK) else nullcontext():
+            data = data_class(root, train=train, download=True)
     except (OSError, RuntimeError) as error:
         raise ValueError(f"--data {name} is not in --data-root {root} and could not be downloaded ({error}). Without a network, "
                          f"use --data digits, --data PATH with images of your own, or --data-root with a copy") from error
@@ -100,13 +106,15 @@ def resize(pixels: Tensor, size: int) -> Tensor:
     return torch.cat([to_pixels(F.interpolate(to_range(part), size, mode="bicubic", antialias=True)) for part in pixels.split(1024)])
 
 
-def load_images(data: str, data_root: str = "data", image_size: int | None = None, num_workers: int = 4) -> Images:
+def load_images(data: str, data_root: str = "data", image_size: int | None = None, num_workers: int = 4,
+                num_channels: int | None = None) -> Images:
     """Load a data set by name or path.
 
     Args:
         data: "mnist", "cifar10", "digits", or a folder or zip of images; see `utils.folders`.
         data_root: for mnist and cifar10.
         image_size: side to resize to; None keeps a named set's own size and means 32 for a path.
+        num_channels: 3 gives gray images three equal channels; None leaves them one.
 
     Raises:
         ValueError: unknown name, no images, an unreadable image, no network; latents.
@@ -122,6 +130,8 @@ def load_images(data: str, data_root: str = "data", image_size: int | None = Non
         pixels, labels, classes = load_folder(Path(data), image_size or 32, num_workers)
     else:
         raise ValueError(f"--data {data}: no such data set or path; use one of {', '.join(NAMES)}, or the path of a folder or zip")
+    if num_channels == 3 and pixels.shape[1] == 1:
+        pixels = pixels.expand(-1, 3, -1, -1)
     return Images(data, resize(pixels, image_size or pixels.shape[-1]), labels, classes, flip=data not in ("mnist", "digits"))
 
 
@@ -144,7 +154,7 @@ def load_held_out(images: Images, path: str | None, data_root: str = "data", num
         ValueError: the held-out images have other classes.
     """
     if path is not None:
-        held_out = load_images(path, data_root, images.shape[-1], num_workers)
+        held_out = load_images(path, data_root, images.shape[-1], num_workers, images.shape[0])
         if held_out.classes != images.classes or held_out.shape != images.shape:
             raise ValueError(f"--held-out {path} has classes {held_out.classes} and shape {held_out.shape}; "
                              f"--data {images.name} has {images.classes} and {images.shape}")

@@ -1,6 +1,7 @@
 """A user's own images: a class-folder tree, a folder without classes, or a zip of either; any format Pillow reads."""
 
 import io
+import os
 import zipfile
 import zlib
 from collections import deque
@@ -31,11 +32,14 @@ def list_images(path: Path, flag: str = "--data") -> tuple[list[str], Callable[[
         return PurePosixPath(name).suffix.lower() in formats and not any(p.startswith((".", "__MACOSX")) for p in parts)
 
     if path.is_dir():
-        names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+        files = (Path(folder, file) for folder, _, files in os.walk(path, followlinks=True) for file in files)
+        names = [file.relative_to(path).as_posix() for file in files if file.is_file()]
         return sorted(filter(is_image, names)), lambda name: (path / name).read_bytes()
     if zipfile.is_zipfile(path):
         archive = zipfile.ZipFile(path)                     # ZipFile locks its reads, so threads may share it
-        return sorted(filter(is_image, archive.namelist())), archive.read
+        # Some programs of Windows write backslashes; a folder may end like an image.
+        members = {info.filename.replace("\\", "/"): info for info in archive.infolist() if not info.is_dir()}
+        return sorted(filter(is_image, members)), lambda name: archive.read(members[name])
     raise ValueError(f"{flag} {path} is neither a folder nor a zip file of images")
 
 
@@ -71,7 +75,7 @@ def decode(name: str, content: bytes, size: int) -> tuple[np.ndarray, bool]:
     Transparent pixels show white.
 
     Raises:
-        ValueError: Pillow cannot read it; names the file.
+        ValueError: Pillow cannot read it, or its pixels are floats; names the file.
     """
     try:
         with Image.open(io.BytesIO(content)) as file:
@@ -80,7 +84,9 @@ def decode(name: str, content: bytes, size: int) -> tuple[np.ndarray, bool]:
             image = file
     except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read image {name}: {error}") from error
-    if image.mode == "I;16" or (image.mode == "I" and np.asarray(image).max() > 255):
+    if image.mode == "F":
+        raise ValueError(f"cannot read image {name}: its pixels are floating-point numbers, of no known range; save it with 8 or 16 bits")
+    if image.mode.startswith("I;16") or (image.mode == "I" and np.asarray(image).max() > 255):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))       # 16 bits to the upper 8
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
