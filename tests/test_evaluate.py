@@ -12,7 +12,7 @@ import train_student_mnist
 import train_teacher_mnist
 from benchmarks import perfect_student, sensitivity
 from models import Classifier, DiT, student_from_teacher
-from utils import distributed
+from utils import distributed, evaluation
 from utils.checkpoints import read_weights, write_weights
 from utils.data import load_held_out, load_images
 from utils.evaluation import Judge, classifier_judge, fingerprint, reference_features, residual_map, shuffled, summary
@@ -240,6 +240,14 @@ def test_training_evaluates_on_its_way_and_keeps_the_best(folder, tmp_path):
     best = min(lines, key=lambda line: line["fd_1step"])
     assert metadata["step"] == best["step"] and metadata["best"]["fd_1step"] == best["fd_1step"]
     assert not (tmp_path / "plain" / "best.safetensors").exists()
+
+
+def test_evaluating_on_the_way_needs_more_images_than_features(monkeypatch, tmp_path):
+    """Said before training, not at its first evaluation."""
+    judge = Judge("wide", lambda pixels: (torch.zeros(len(pixels), 2000), torch.zeros(len(pixels), 10)), knows_classes=True)
+    monkeypatch.setattr(evaluation, "classifier_judge", lambda *_: judge)
+    with pytest.raises(ValueError, match="--eval-every: 1797 images are too few for a distance of 2000 features"):
+        evaluation.QuickEvaluation(None, Classifier, load_images("digits"), distributed.start("cpu"), str(tmp_path))
 
 
 def test_training_without_its_judge_stops_before_it_starts(folder, tmp_path):

@@ -16,8 +16,9 @@ import train_student_mnist
 import train_teacher
 import train_teacher_mnist
 from models import DiT
+from utils import distributed
 from utils.checkpoints import load_network, step_folders
-from utils.run_log import Run
+from utils.run_log import Run, environment
 
 
 def test_run_folder(results):
@@ -45,6 +46,12 @@ def test_student_started_as_its_teacher_and_moved(results):
     changed = [name for name, p in teacher.state_dict().items() if not torch.equal(p, student.state_dict()[name])]
     assert len(changed) == len(teacher.state_dict())
     assert student.interval_embed.out.weight.abs().max() > 0
+
+
+def test_a_clone_without_git_installed(monkeypatch):
+    """Such as one that is mounted into a slim container: the commit is not known, and training goes on."""
+    monkeypatch.setenv("PATH", "")
+    assert environment(distributed.start("cpu"))["git_commit"] is None
 
 
 def test_seed_matters_and_repeats(results, tmp_path):

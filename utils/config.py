@@ -45,6 +45,7 @@ class RunConfig:
     comet: Literal["auto", "offline", "off"] = "auto"      # auto: online if a comet.com key is configured, else offline
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "data", self.data.rstrip("/") or self.data)        # photos/ is photos
         for field in ("steps", "global_batch_size", "log_every", "sample_every", "save_every", "keep", "num_workers"):
             require(self, field, getattr(self, field) >= 1, "at least 1")
         require(self, "eval_every", self.eval_every is None or self.eval_every >= 1, "at least 1, or None")

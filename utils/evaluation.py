@@ -184,7 +184,7 @@ class QuickEvaluation:
         num_images: samples of each row; more than there are features.
 
     Raises:
-        ValueError: the training split is latents.
+        ValueError: the training split is latents, or has too few images.
     """
 
     def __init__(self, classifier: str | None, network_class: Callable[..., nn.Module], images: Images | Latents, ranks: Ranks,
@@ -195,6 +195,9 @@ class QuickEvaluation:
         self.judge, self.ranks, self.shape = classifier_judge(classifier, network_class, images, ranks), ranks, images.shape
         self.labels = even_labels(num_images, images)
         self.reference = reference_features(self.judge, shuffled(images)[0], Path(results_dir, "features")) if ranks.is_main else None
+        if self.reference and len(images) <= (width := self.reference.features.shape[1]):
+            raise ValueError(f"--eval-every: {len(images)} images are too few for a distance of {width} features, which needs more; leave "
+                             "it out")
 
     def __call__(self, samplers: dict[str, Sample]) -> dict[str, float]:
         """From named samplers to "fd_<name>" and, if there are classes, "accuracy_<name>"; always from the same noise.

@@ -37,8 +37,10 @@ def environment(ranks: Ranks) -> dict[str, Any]:
     """What a run depends on besides its config: commit, versions, device, command."""
     def git(*command: str) -> str | None:
         here = Path(__file__).parent
-        done = subprocess.run(["git", *command], cwd=here, capture_output=True, text=True) if (here.parent / ".git").exists() else None
-        return done.stdout.strip() if done and done.returncode == 0 else None
+        if not (here.parent / ".git").exists() or not shutil.which("git"):
+            return None
+        done = subprocess.run(["git", *command], cwd=here, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
 
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else platform.processor() or platform.machine()
     return {

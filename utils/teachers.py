@@ -7,8 +7,8 @@ from typing import Any
 
 from utils.autoencoder import same_autoencoder
 from utils.checkpoints import resolve_weights, step_folders
-from utils.data import Images
-from utils.latents import Latents
+from utils.data import NAMES, Images
+from utils.latents import Latents, is_latents
 
 RELEASED = Path(__file__).parent.parent / "checkpoints"
 
@@ -29,7 +29,8 @@ def find_teacher(teacher: str | None, results_dir: str, data: str, image_size: i
     runs = []
     for file in Path(results_dir).glob("*/config.json"):
         config = json.loads(file.read_text())
-        same = config.get("stage") == "teacher" and config["data"] == data and config["image_size"] in (None, image_size)
+        size = config["image_size"] or (image_size if data in NAMES or is_latents(Path(data)) else 32)      # as `load_data` reads None
+        same = config.get("stage") == "teacher" and config["data"] == data and size == image_size
         if same and (folders := step_folders(file.parent / "checkpoints")):
             runs.append(folders[-1] / "ema.safetensors")
     if runs:
@@ -43,7 +44,8 @@ def find_teacher(teacher: str | None, results_dir: str, data: str, image_size: i
 
 
 def check_teacher(path: Path, metadata: dict, images: Images | Latents, model: str | None) -> None:
-    """Raise ValueError unless the file is a teacher's and fits the data's size, channels, classes and autoencoder, and --model if given."""
+    """Raise ValueError unless the file is a teacher's and fits the data's size, channels, classes (names, in order) and autoencoder, and
+    --model if given."""
     if metadata["kind"] != "teacher":
         raise ValueError(f"--teacher {path} is a {metadata['kind']}; a student needs a teacher")
     architecture = metadata["architecture"]
@@ -54,6 +56,10 @@ def check_teacher(path: Path, metadata: dict, images: Images | Latents, model: s
     if trained != wanted:
         raise ValueError("--teacher {} was trained on {} channels, size {}, {} classes; --data {} has {} channels, size {}, {} classes"
                          .format(path, *trained, images.name, *wanted))
+    theirs = metadata["classes"]
+    if theirs != images.classes and theirs != [str(i) for i in range(len(theirs))]:      # numbers: imported without names
+        raise ValueError(f"--teacher {path} knows the classes {', '.join(theirs)}, in this order; --data {images.name} has "
+                         f"{', '.join(images.classes)}")
     if not same_autoencoder(metadata.get("autoencoder"), images.autoencoder):
         raise ValueError(f"--teacher {path} was trained on latents of {metadata.get('autoencoder')}, --data {images.name} has those of "
                          f"{images.autoencoder} (None: pixels)")
