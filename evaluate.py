@@ -4,10 +4,11 @@
     python evaluate.py results/teacher-cifar10 --num-steps 25 --guidance-scale 1 1.5 2
     python evaluate.py results/student-photos --data photos --held-out photos-test --features inception
 
-Protocol: the EMA weights' samples, rounded to 8 bits, classes in equal shares, against the whole training split; precision
-and recall against as many training images as samples. The feature space is part of every number's name: a released
-classifier of the data set with the hash of its weights, or the standard Inception network. Writes metrics.json, table.md,
-plot.png, neighbours.png and residual.png into --out.
+Protocol: the EMA weights' samples, rounded to 8 bits, classes in equal shares, against the whole training split (of your
+own images without --held-out: nine tenths, and the floor is the rest, which was trained on); precision and recall against as
+many training images as samples. The feature space is part of every number's name: a released classifier of the data set with
+the hash of its weights, or the standard Inception network. Writes metrics.json, table.md, plot.png, neighbours.png and, for a
+student, residual.png into --out.
 """
 
 import hashlib
@@ -57,7 +58,7 @@ INCEPTION_FILE, INCEPTION_SHA256 = "pt_inception-2015-12-05-6726825d.pth", "6726
 class Config:
     checkpoint: Annotated[str, tyro.conf.Positional]        # safetensors file, checkpoint folder, or run folder (its newest)
     data: str | None = None                     # the training images; None: what the checkpoint was trained on, or its latents made from
-    held_out: str | None = None                 # path of held-out images of your own; None: the test split, or every tenth image
+    held_out: str | None = None                 # path of held-out images of your own; None: the test split, or a random tenth
     data_root: str = "data"                     # where mnist and cifar10 are, or are downloaded to
     features: Literal["classifier", "inception"] = "classifier"     # feature space
     classifier: str | None = None               # file of train_classifier.py; None: checkpoints/classifier-<data>.safetensors

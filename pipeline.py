@@ -1,5 +1,6 @@
 """A checkpoint as an object to call, in the manner of diffusers.
 
+    import torch
     from pipeline import SplitMeanFlowPipeline
 
     pipe = SplitMeanFlowPipeline.from_pretrained("checkpoints/student-mnist.safetensors").to("cuda")
@@ -117,7 +118,8 @@ class SplitMeanFlowPipeline:
         """Draw images.
 
         Args:
-            class_labels: one image each, class numbers or names; None: no class.
+            class_labels: one image each, class numbers or names; None: no class, which a student of images with classes has
+                not learnt (it learns its teacher's guided velocity, of a class), so that its images are poorer.
             num_inference_steps: None for 1 with a student and 25 with a teacher.
             generator: of the noise; one for all images, or one for each.
             guidance_scale: teachers only; None for 1. A student has its guidance inside.

@@ -1,6 +1,6 @@
 """The judge that evaluate.py measures with: a classifier of the data set's own training split, then frozen.
 
-    python train_classifier.py --data mnist             to checkpoints/classifier-mnist.safetensors
+    python train_classifier.py --data mnist --out mine.safetensors                          what made the released one of MNIST
     python train_classifier.py --data photos --held-out photos-test --image-size 64         for your own class folders
 
 Numbers of two judges cannot be compared. The released ones are frozen, and evaluate.py names the one it used by its hash.

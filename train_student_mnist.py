@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 from models import Classifier, build_network, student_from_teacher
 from utils import distributed, recipes
 from utils.autoencoder import load_autoencoder
-from utils.checkpoints import load_network, read_latest, start_from, weights_id
+from utils.checkpoints import load_network, read_latest, start_from, step_folders, weights_id
 from utils.config import RunConfig, check_interval, check_law, parse_config, require, to_dict
 from utils.data import Batches, check_guidance, load_data
 from utils.evaluation import QuickEvaluation
@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(fold(cfg.seed, "weights"))            # alike on every rank
     student = student_from_teacher(teacher)
     teacher_id = weights_id(teacher)
-    if cfg.start_from:
+    if cfg.start_from and not step_folders(run.checkpoints):
         note_other_teacher(cfg.start_from, start_from(student, cfg.start_from), teacher_id, run.note)
     ema = ModelEmaV3(student, decay=cfg.ema_decay, use_warmup=True, warmup_gamma=9, warmup_power=1, exclude_buffers=True)
     target_ema = ModelEmaV3(student, decay=cfg.target_decay, exclude_buffers=True) if cfg.target == "ema" else None

@@ -21,7 +21,7 @@ from torch.nn.utils import clip_grad_norm_
 from models import PRESETS, Classifier, DiT
 from utils import distributed, recipes
 from utils.autoencoder import load_autoencoder
-from utils.checkpoints import read_latest, start_from
+from utils.checkpoints import read_latest, start_from, step_folders
 from utils.config import RunConfig, check_law, parse_config, require, to_dict
 from utils.data import Batches, check_guidance, load_data
 from utils.evaluation import QuickEvaluation
@@ -83,17 +83,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     decode = load_autoencoder(images.autoencoder, cfg.autoencoder, device).decode        # from latents to images; pixels stay
     batches = Batches(images, cfg.global_batch_size, cfg.seed, ranks)
     evaluate = cfg.eval_every and QuickEvaluation(cfg.classifier, Classifier, images, ranks, cfg.results_dir)
+    run = Run(cfg, "teacher", ranks)
     torch.manual_seed(fold(cfg.seed, "weights"))            # alike on every rank
     network = DiT(cfg.model, images.shape[1], images.shape[0], len(images.classes)).to(device)
-    if cfg.start_from:
+    if cfg.start_from and not step_folders(run.checkpoints):
         start_from(network, cfg.start_from)
     ema = ModelEmaV3(network, decay=cfg.ema_decay, use_warmup=True, warmup_gamma=9, warmup_power=1, exclude_buffers=True)
     if cfg.shard:
         shard(ranks, network, ema.module)
     optimizer = Optimizer(network, cfg.optimizer, cfg.lr, cfg.muon_lr, cfg.weight_decay)
 
-    # Run folder; go on where an earlier start of the same run stopped.
-    run = Run(cfg, "teacher", ranks)
+    # Go on where an earlier start of the same run stopped.
     networks = {"ema": ema.module, "raw": network}
     done, seconds = 0, 0.0
     if latest := read_latest(run.checkpoints, tuple(networks), run.note):

@@ -5,9 +5,9 @@
     python -m benchmarks.throughput --rows teacher student --num-gpus 1 2    each GPU keeps its batch
 
 Every row is a process of its own on random images. Training scripts are started by their own command line and read by their
-metrics.jsonl: nothing of them is copied here. They run twice, first on an empty compile cache for one update, then, as the
-others, for `--windows` x `--steps` updates after a warm-up; medians over the windows, with the least and the greatest. With
---cold False they run once, with your own compile cache, and the time until their first update is not told.
+metrics.jsonl: nothing of them is copied here. They run twice, first on an empty compile cache for one update, then for
+`--windows` x `--steps` updates after a warm-up, as the others do on an empty cache; medians over the windows, with the least
+and the greatest. With --cold False they run once, with your own compile cache, and the time until their first update is not told.
 Writes rows.json, table.md and plot.png into --out.
 """
 

@@ -76,6 +76,20 @@ def test_start_from_another_run(results, tmp_path, stage):
     assert max((ours[name] - theirs[name]).abs().max().item() for name in theirs) < 1e-6
 
 
+@pytest.mark.parametrize("stage", ["teacher", "student"])
+def test_what_a_run_started_from_may_be_gone_when_it_goes_on(results, tmp_path, stage):
+    script, flags = train_teacher_mnist, TEACHER
+    if stage == "student":
+        script, flags = train_student_mnist, [*COMMON, "--teacher", str(results / "teacher-digits")]
+    start = tmp_path / "start.safetensors"
+    release.main([str(results / f"{stage}-digits"), str(start)])
+    flags = [*flags, "--results-dir", str(tmp_path), "--start-from", str(start)]
+    script.main([*flags, "--max-minutes", "0.00001"])
+    start.unlink()
+    script.main(flags)
+    assert step_folders(tmp_path / f"{stage}-digits/checkpoints")[-1].name == f"step_{STEPS:08d}"
+
+
 def test_a_student_of_another_teacher_is_told_apart(results, tmp_path, capsys):
     """By the weights as released: a run and its bf16 file are one teacher; a changed one is another, which is said."""
     teacher = results / "teacher-digits"

@@ -147,7 +147,7 @@ def load_held_out(images: Images, path: str | None, data_root: str = "data", num
 
     Args:
         images: what `load_images` gave; the training split of mnist and cifar10, all there is otherwise.
-        path: images of one's own to hold out. None: the test split of mnist and cifar10; otherwise every tenth image of
+        path: images of one's own to hold out. None: the test split of mnist and cifar10; otherwise a random tenth of
             `images` is taken out.
 
     Raises:

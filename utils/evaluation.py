@@ -159,7 +159,7 @@ def residual_map(u: AverageVelocity, z_at: Callable[[Tensor], Tensor], y: Tensor
     """How much the student contradicts itself: the interval splitting loss at lam = 1/2 on a grid of intervals.
 
     Args:
-        z_at: states (B, C, H, W) at times (B,).
+        z_at: states (B, ...) at times (B,).
 
     Returns:
         (points, points): row t = (i + 1) / points, column r = j / points; not a number where r >= t.
@@ -168,7 +168,7 @@ def residual_map(u: AverageVelocity, z_at: Callable[[Tensor], Tensor], y: Tensor
     for i in range(points):
         r = torch.arange(i + 1, device=y.device).repeat_interleave(len(y)) / points     # every r below one t in one batch
         t = torch.full_like(r, (i + 1) / points)
-        z_t = z_at(t[: len(y)]).repeat(i + 1, 1, 1, 1)
+        z_t = torch.cat([z_at(t[: len(y)])] * (i + 1))
         losses = interval_splitting_loss(u, z_t, r, t, torch.full_like(t, 0.5), y.repeat(i + 1))
         result[i, : i + 1] = losses.view(i + 1, len(y)).mean(1)
     return result
