@@ -163,24 +163,24 @@ def twenty(results, tmp_path_factory):
     return folders
 
 
+def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+
+
 @pytest.mark.parametrize("way", ["two", "split"])
 @pytest.mark.parametrize("stage", ["teacher", "student"])
 def test_two_processes_equal_one(twenty, stage, way):
     one, other = twenty["one"] / f"{stage}-digits", twenty[way] / f"{stage}-digits"
-    a, b = everything(one, steps=20), everything(other, steps=20)
-    assert a.keys() == b.keys()
-    for key in a:
-        torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+    assert_close(everything(one, steps=20), everything(other, steps=20))
     rows, other_rows = ([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (one, other))
     for name in ("loss", "grad_norm"):
         assert [row[name] for row in rows] == pytest.approx([row[name] for row in other_rows], rel=1e-3)
 
 
 def test_split_target_network_equals_a_whole_one(twenty):
-    a, b = (everything(twenty[way] / "student-target", ("ema", "raw", "target"), steps=4) for way in ("one", "split"))
-    assert a.keys() == b.keys()
-    for key in a:
-        torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+    assert_close(*(everything(twenty[way] / "student-target", ("ema", "raw", "target"), steps=4) for way in ("one", "split")))
 
 
 def test_what_two_processes_split_one_goes_on_with(twenty, results, monkeypatch):

@@ -5,13 +5,18 @@
 
 import importlib
 import json
+import os
 import sys
+
+import torch.distributed as dist
 
 from utils import distributed
 
 if __name__ == "__main__":
-    leave = distributed.finish
     distributed.finish = lambda: None                       # the next run goes on with the same process group
     for script, *arguments in json.loads(sys.argv[1]):
         importlib.import_module(script).main(arguments)
-    leave()
+    dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)                                             # gloo threads of split networks now and then abort the interpreter's own exit

@@ -18,6 +18,7 @@ from utils.latents import Latents, is_latents, load_latents, originals
 from utils.seeding import fold, generator
 
 NAMES = ("mnist", "cifar10", "digits")
+PATH_SIZE = 32                                              # side of images of a path, unless it is given
 
 
 @dataclass(frozen=True)
@@ -127,12 +128,13 @@ def load_images(data: str, data_root: str = "data", image_size: int | None = Non
     elif data in NAMES:
         pixels, labels, classes = load_torchvision(data, data_root)
     elif Path(data).exists():
-        pixels, labels, classes = load_folder(Path(data), image_size or 32, num_workers)
+        pixels, labels, classes = load_folder(Path(data), image_size or PATH_SIZE, num_workers)
     else:
         raise ValueError(f"--data {data}: no such data set or path; use one of {', '.join(NAMES)}, or the path of a folder or zip")
+    pixels = resize(pixels, image_size or pixels.shape[-1])
     if num_channels == 3 and pixels.shape[1] == 1:
         pixels = pixels.expand(-1, 3, -1, -1)
-    return Images(data, resize(pixels, image_size or pixels.shape[-1]), labels, classes, flip=data not in ("mnist", "digits"))
+    return Images(data, pixels, labels, classes, flip=data not in ("mnist", "digits"))
 
 
 def load_data(data: str, data_root: str = "data", image_size: int | None = None, num_workers: int = 4) -> Images | Latents:

@@ -7,7 +7,7 @@ from typing import Any
 
 from utils.autoencoder import same_autoencoder
 from utils.checkpoints import resolve_weights, step_folders
-from utils.data import NAMES, Images
+from utils.data import NAMES, PATH_SIZE, Images
 from utils.latents import Latents, is_latents
 
 RELEASED = Path(__file__).parent.parent / "checkpoints"
@@ -29,7 +29,7 @@ def find_teacher(teacher: str | None, results_dir: str, data: str, image_size: i
     runs = []
     for file in Path(results_dir).glob("*/config.json"):
         config = json.loads(file.read_text())
-        size = config.get("image_size") or (image_size if data in NAMES or is_latents(Path(data)) else 32)      # as `load_data` reads None
+        size = config.get("image_size") or (image_size if data in NAMES or is_latents(Path(data)) else PATH_SIZE)      # as `load_data`
         same = config.get("stage") == "teacher" and config["data"] == data and size == image_size
         if same and (folders := step_folders(file.parent / "checkpoints")):
             runs.append(folders[-1] / "ema.safetensors")
