@@ -139,12 +139,11 @@ class SplitMeanFlowPipeline:
             num_inference_steps = 1 if student else 25
         y = self.labels(class_labels, batch_size).to(self.device)
         z = self.noise(len(y), generator)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            if student:
-                x = sample_average_velocity(self.network, z, y, num_inference_steps)
-            else:
-                v = guided_velocity(self.network.velocity, self.network.null_class, 1.0 if guidance_scale is None else guidance_scale)
-                x = sample_velocity(v, z, y, num_inference_steps)
+        if student:
+            x = sample_average_velocity(self.network, z, y, num_inference_steps)
+        else:
+            v = guided_velocity(self.network.velocity, self.network.null_class, 1.0 if guidance_scale is None else guidance_scale)
+            x = sample_velocity(v, z, y, num_inference_steps)
         x = self.autoencoder.decode(x)
         if output_type == "pt":
             return PipelineOutput(x.clamp(-1, 1))

@@ -2,7 +2,7 @@
 
     python sample.py checkpoints/student-mnist.safetensors                              a grid at 1, 2 and 4 steps
     python sample.py results/teacher-mnist --guidance-scale 2.5 --formats grid gif      the newest checkpoint of a run
-    python sample.py checkpoints/student-mnist.safetensors --num-steps 1 --num-images 50000 --formats npz --compile True
+    python sample.py checkpoints/student-mnist.safetensors --num-steps 1 --num-images 50000 --formats npz --compile True --bfloat16 True
 """
 
 import time
@@ -43,6 +43,7 @@ class Config:
     formats: tuple[Literal["grid", "png", "npz", "gif"], ...] = ("grid",)   # grid.png, single PNGs, uint8 arrays, trajectory GIF
     out: str = "samples"                        # folder to write to
     batch_size: int | None = None               # images at a time; None: 500 on a GPU, 50 on a CPU
+    bfloat16: bool = False                      # compute in bfloat16 (on CUDA only): twice as fast, with a light grain in one step
     compile: bool = False                       # torch.compile the network (on CUDA only): 15 s, pays from some 200,000 evaluations on
     device: str = "auto"                        # auto, cuda, cpu
     autoencoder: str | None = None              # of a network of latents: hub id or folder; None: where it was in training
@@ -100,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         network.compile_blocks()
         filled = -(-len(y) // batch_size) * batch_size                  # one shape: the last batch is filled up
         y = torch.cat([y, y[-1:].expand(filled - len(y))])
-        with ranks.autocast():
+        with ranks.autocast(cfg.bfloat16):
             warm = torch.zeros(min(batch_size, len(y)), *shape, device=ranks.device)
             v(warm, warm[:, 0, 0, 0], y[: len(warm)].to(ranks.device))
         torch.cuda.synchronize()
@@ -112,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         pixels, shown, missing, start = [], [], min(100, cfg.num_images), time.monotonic()
         for labels in tqdm(y.split(batch_size), f"{num_steps} steps", disable=None):
             z = torch.randn(len(labels), *shape, generator=noise, device=ranks.device)
-            with ranks.autocast():
+            with ranks.autocast(cfg.bfloat16):
                 if student:
                     states = sample_average_velocity(network, z, labels.to(ranks.device), num_steps, renoise, trajectory=missing > 0)
                 else:

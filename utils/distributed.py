@@ -34,13 +34,13 @@ class Ranks:
         """This rank's rows of a global batch: every world_size-th, so that a leading share stays a leading share."""
         return batch[self.rank :: self.world_size]
 
-    def autocast(self) -> torch.autocast:
-        """bfloat16 arithmetic over float32 weights on CUDA, plain float32 elsewhere.
+    def autocast(self, wanted: bool = True) -> torch.autocast:
+        """bfloat16 arithmetic over float32 weights on CUDA, if wanted; plain float32 elsewhere.
 
         Without autocast's cache of weights: one made by a target's pass, without gradient, would serve the next pass too
         and cut off its gradient.
         """
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted and self.device.type == "cuda", cache_enabled=False)
 
     def average_gradients(self, network: nn.Module) -> None:
         """Replace each gradient by its mean over the ranks, with one all-reduce of one flat buffer.

@@ -1,6 +1,7 @@
 """What evaluate.py and a training run measure: sets of samples beside the training split, and real held-out images as the floor."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,13 +81,14 @@ def classifier_judge(file: str | None, network_class: Callable[..., nn.Module], 
 
 def compare(judge: Judge, samples: Features, labels: Tensor | None, reference: Features) -> dict[str, float]:
     """All metrics of one set of samples; reference: the training split, of which precision and recall see as many images."""
+    import torch_fidelity.metric_prc  # noqa: F401 - slow to import, and three threads that begin it at once fail
+
     same_number = reference.features[: len(samples.features)]
-    precision, recall = metrics.precision_recall(samples.features, same_number)
-    result = {
-        "frechet_distance": metrics.frechet_distance(samples.features, reference.features),
-        "kernel_distance": metrics.kernel_distance(samples.features, reference.features),
-        "precision": precision, "recall": recall,
-    }
+    with ThreadPoolExecutor() as threads:                   # on the CPU; the three take about as long
+        frechet = threads.submit(metrics.frechet_distance, samples.features, reference.features)
+        kernel = threads.submit(metrics.kernel_distance, samples.features, reference.features)
+        precision, recall = metrics.precision_recall(samples.features, same_number)
+        result = {"frechet_distance": frechet.result(), "kernel_distance": kernel.result(), "precision": precision, "recall": recall}
     if judge.knows_classes and labels is not None:
         result["class_accuracy"] = metrics.class_accuracy(samples.logits, labels)
     if not judge.knows_classes:
@@ -96,17 +98,17 @@ def compare(judge: Judge, samples: Features, labels: Tensor | None, reference: F
 
 @torch.no_grad()
 def draw(sample: Sample, labels: Tensor, shape: tuple[int, ...], seed: int, ranks: Ranks, batch_size: int,
-         decode: Callable[[Tensor], Tensor] = NoAutoencoder.decode) -> Tensor:
+         decode: Callable[[Tensor], Tensor] = NoAutoencoder.decode, bfloat16: bool = False) -> Tensor:
     """Samples of the given labels (N,) as they would be saved: uint8 (N, C, H, H), rounded and clipped.
 
     Args:
-        shape: of the network's noise. decode: from what the network makes to images.
+        shape: of the network's noise. decode: from what the network makes to images. bfloat16: compute in it, on CUDA.
     """
     noise = generator(ranks.device, seed, "noise")
     pixels = []
     for y in labels.split(batch_size):
         z = torch.randn(len(y), *shape, generator=noise, device=ranks.device)
-        with ranks.autocast():
+        with ranks.autocast(bfloat16):
             pixels.append(to_pixels(decode(sample(z, y.to(ranks.device)))).cpu())
     return torch.cat(pixels)
 
@@ -145,13 +147,12 @@ class TeacherDistance:
     @torch.no_grad()
     def __call__(self, sample: Sample, seed: int) -> float:
         """Mean squared difference, images in [-1, 1], or latents."""
-        with self.ranks.autocast():
-            if seed not in self.goals:
-                device = self.ranks.device
-                z = torch.randn(len(self.labels), *self.shape, generator=generator(device, seed, "teacher"), device=device)
-                self.goals[seed] = z, self.ideal(z, self.labels).float()
-            z, goal = self.goals[seed]
-            return (sample(z, self.labels).float() - goal).square().mean().item()
+        if seed not in self.goals:
+            device = self.ranks.device
+            z = torch.randn(len(self.labels), *self.shape, generator=generator(device, seed, "teacher"), device=device)
+            self.goals[seed] = z, self.ideal(z, self.labels)
+        z, goal = self.goals[seed]
+        return (sample(z, self.labels) - goal).square().mean().item()
 
 
 @torch.no_grad()
