@@ -18,10 +18,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import imageio.v3 as imageio
 import torch
@@ -107,8 +107,9 @@ def first_teacher(model: str) -> str:
     return f"first-teacher-{model.replace('/', '-')}"
 
 
-def command(name: str, model: str, batch: int, gpus: int, steps: int, cfg: Config, folder: Path, run: str) -> list[str]:
-    """The command line of one row, which leaves its metrics in folder/results/<run>/metrics.jsonl."""
+def command(name: str, model: str, batch: int, gpus: int, steps: int, cfg: Any, folder: Path, run: str) -> list[str]:
+    """The command line of one row, which leaves its metrics in folder/results/<run>/metrics.jsonl. cfg: as for `save`, with `device`
+    and `compile`; of rivals also `num_workers`."""
     common = ["--data", str(folder / "images"), "--image-size", str(cfg.image_size), "--results-dir", str(folder / "results"),
               "--name", run, "--steps", str(steps), "--log-every", str(min(steps, cfg.steps)), "--device", cfg.device]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"] if gpus > 1 else []
@@ -181,15 +182,15 @@ def matmul_ceiling(size: int = 8192) -> float:
     return 2 * size**3 / statistics.median(times[3:]) / 1e12
 
 
-def save(rows: list[Row], ceiling: float | None, cfg: Config) -> None:
-    """Write rows.json, table.md and plot.png."""
+def save(rows: list[Row], ceiling: float | None, cfg: Any, draw: Callable[[list[Row], Path, str], None] = plot) -> None:
+    """Write rows.json, table.md and plot.png. cfg: this module's, or another with its `out`, `steps` and `image_size`."""
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     device = "cpu" if ceiling is None else torch.cuda.get_device_name()
     facts = {"device": device, "torch": torch.__version__, "matmul_tflops": ceiling, "steps": cfg.steps, "image_size": cfg.image_size}
     (out / "rows.json").write_text(json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
     (out / "table.md").write_text(markdown(rows, ceiling))
-    plot(rows, out / "plot.png", device)
+    draw(rows, out / "plot.png", device)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

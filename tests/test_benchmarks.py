@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import latent_cost, meanflow, profile_step, scaling, splitting_bias, textbook, throughput
+from benchmarks import growth, latent_cost, meanflow, profile_step, scaling, splitting_bias, textbook, throughput
 from benchmarks.report import markdown
 from models import DiT
 from utils.flow import step
@@ -40,6 +40,21 @@ def test_throughput_of_a_training_script(tmp_path):
     assert row["name"] == "teacher" and len(row["images_per_second"]) == 3 and row["first_update_cold"] is None
     assert (tmp_path / "plot.png").stat().st_size > 1000
     assert "| teacher | DiT-Nano/8 | 16 | 1 |" in (tmp_path / "table.md").read_text()
+
+
+def test_growth_of_training_scripts(tmp_path, monkeypatch, capsys):
+    """Every point of every curve once, and rows that the time leaves out are named."""
+    sweeps = {"batch": [("DiT-Nano/8", 8), ("DiT-Nano/8", 16)], "patches": [("DiT-Nano/8", 16), ("DiT-Nano/4", 16)]}
+    monkeypatch.setattr(growth, "SWEEPS", sweeps)
+    flags = ["--image-size", "16", "--device", "cpu", "--steps", "1", "--windows", "2", "--out", str(tmp_path)]
+    growth.main([*flags, "--sweeps", "batch", "patches"])
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    points = [(row["name"], row["model"], row["batch_size"]) for row in rows]
+    assert sorted(points) == [(name, *point) for name in ("student", "teacher")
+                              for point in (("DiT-Nano/4", 16), ("DiT-Nano/8", 8), ("DiT-Nano/8", 16))]
+    assert all(len(row["images_per_second"]) == 2 for row in rows) and (tmp_path / "plot.png").stat().st_size > 1000
+    growth.main([*flags, "--sweeps", "batch", "--minutes", "1e-9"])
+    assert capsys.readouterr().err.count("not measured") == 4
 
 
 def test_failed_row_says_why(tmp_path):
