@@ -2,7 +2,7 @@
 
     python train_student_mnist.py                       from the newest MNIST teacher in results/, else the released one
     python train_student_mnist.py --data digits         the same on the small digits inside scikit-learn
-    python train_student_mnist.py --first-leg self --lam-law uniform --adaptive-power 0        Algorithm 1's leg, lam and loss
+    python train_student_mnist.py --first-leg self --lam-law uniform --adaptive-power 0        Algorithm 1's legs, lam and loss
 
 The teacher's guidance is learned by the student, which samples in 1, 2 or 4 evaluations without any.
 """
@@ -57,8 +57,9 @@ class Config(RunConfig):
     guidance_scale: float = 1.3                 # of the teacher's velocity; 1 is none
     guidance_interval: tuple[float, float] = (0.0, 1.0)     # times at which the teacher is guided
     boundary_share: float = 0.5                 # of each batch: boundary condition; the rest: interval splitting
-    first_leg: Leg = "euler"                    # of a target: a step of the teacher's ODE (euler: lam must end small), or the student's own
-    lam_law: str = "anneal(0.3, 0.05, 0.8)"     # where to split: uniform, constant(c), or anneal(start, end, share of steps)
+    first_leg: Leg = "euler"                    # of a target: the student's own (self), or a step of the teacher's ODE
+    last_leg: Leg = "self"                      # likewise; one of the two must be the student's
+    lam_law: str = "anneal(0.3, 0.05, 0.8)"     # share of the teacher's leg, or lam: uniform, constant(c), or anneal(start, end, over)
     t_law: str = "logit-normal(-0.6, 1.6)"      # draws of t: uniform, or logit-normal(loc, scale)
     r_law: str = "logit-normal(-4, 1.6)"        # draws of r, likewise
     pinned_share: float = 0.15                  # of the intervals: pinned at those sampled at test time
@@ -83,6 +84,7 @@ class Config(RunConfig):
         require(self, "boundary_share", 0 < round(self.boundary_share * self.global_batch_size) < self.global_batch_size,
                 f"such that of {self.global_batch_size} samples at least one is boundary and one is not")
         check_interval(self, "guidance_interval")
+        require(self, "last_leg", "self" in (self.first_leg, self.last_leg), f"self where --first-leg is {self.first_leg}")
         for field in ("num_steps", "pinned_steps"):
             require(self, field, len(getattr(self, field)) > 0 and min(getattr(self, field)) >= 1, "one or more counts, each at least 1")
 
@@ -149,12 +151,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             eps = ranks.rows(torch.randn(cfg.global_batch_size, *images.shape, generator=draw, device=device))
             t_boundary = draw_times(num_boundary, cfg.t_law, draw)
             r, t = draw_intervals(cfg.global_batch_size - num_boundary, cfg.t_law, cfg.r_law, cfg.pinned_share, cfg.pinned_steps, draw)
-            lam = draw_lam(cfg.global_batch_size, cfg.lam_law, (step - 1) / cfg.steps, draw)
-            r, t, lam = (ranks.rows(times) for times in (torch.cat([t_boundary, r]), torch.cat([t_boundary, t]), lam))
+            share = draw_lam(cfg.global_batch_size, cfg.lam_law, (step - 1) / cfg.steps, draw)
+            r, t, share = (ranks.rows(times) for times in (torch.cat([t_boundary, r]), torch.cat([t_boundary, t]), share))
 
             with ranks.autocast():
-                parts = student_loss(student, u_target, v, interpolate(x, eps, t), r, t, lam, y,
-                                     num_boundary // ranks.world_size, cfg.first_leg)
+                parts = student_loss(student, u_target, v, interpolate(x, eps, t), r, t, share, y,
+                                     num_boundary // ranks.world_size, cfg.first_leg, cfg.last_leg)
                 loss = adaptive_weight(torch.cat(parts), cfg.adaptive_power).mean()
             loss.backward()
             ranks.average_gradients(student)

@@ -1,16 +1,16 @@
-"""What a student would score if it learnt perfectly: its teacher's flow, solved as `splitting_bias` says, by lam, leg and guidance.
+"""What a student would score if it learnt perfectly: its teacher's flow, solved as `splitting_bias` says, by leg, its share and guidance.
 
-    python -m benchmarks.perfect_student results/teacher-cifar10 --lam 0.1 0.3 0.5 --guidance-scale 1.5 2 --guidance-interval 0.2 0.8
+    python -m benchmarks.perfect_student results/teacher-cifar10 --share 0.1 0.3 0.5 --guidance-scale 1.5 2 --guidance-interval 0.2 0.8
 
-The real student's distance from this is what training longer can gain; what remains is for the teacher, its guidance and lam to
-gain. Frechet distance and class accuracy as in a training run's quick evaluation: few samples, always from the same noise.
+The real student's distance from this is what training longer can gain; what remains is for the teacher, its guidance and the leg's share
+to gain. Frechet distance and class accuracy as in a training run's quick evaluation: few samples, always from the same noise.
 """
 
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import tyro
@@ -23,16 +23,18 @@ from utils.config import check_interval, parse_config, require
 from utils.data import check_guidance, load_images
 from utils.evaluation import QuickEvaluation
 from utils.guidance import guided_velocity
+from utils.losses import Leg
 
 
 @dataclass(frozen=True)
 class Config:
     teacher: Annotated[str, tyro.conf.Positional]           # file, checkpoint or run folder
-    lam: tuple[float, ...] = (0.3,)             # share of what remains that each step takes
-    first_leg: tuple[Literal["midpoint", "euler"], ...] = ("midpoint",)     # how
+    first_leg: Leg = "midpoint"                 # as for train_student.py: one of the two is the teacher's
+    last_leg: Leg = "self"
+    share: tuple[float, ...] = (0.3,)           # of the interval that this leg takes
     guidance_scale: tuple[float, ...] = (2.0,)  # of the teacher's velocity
     guidance_interval: tuple[float, float] = (0.0, 1.0)     # times at which it is guided
-    last: float = 0.02                          # below this time one step goes to the end
+    least: float = 0.02                         # below this length one step takes all that remains
     num_images: int = 5_000                     # samples of each row
     data_root: str = "data"                     # where mnist and cifar10 are
     classifier: str | None = None               # file of train_classifier.py; None: the released one of the data set
@@ -40,10 +42,11 @@ class Config:
     device: str = "auto"                        # auto, cuda, cpu
 
     def __post_init__(self) -> None:
-        for field in ("lam", "first_leg", "guidance_scale"):
+        for field in ("share", "guidance_scale"):
             require(self, field, len(getattr(self, field)) > 0, "one or more values")
-        require(self, "lam", all(0 < lam <= 1 for lam in self.lam), "shares in (0, 1]")
-        require(self, "last", 0 < self.last < 1, "in (0, 1)")
+        require(self, "share", all(0 < share <= 1 for share in self.share), "in (0, 1]")
+        require(self, "least", 0 < self.least < 1, "in (0, 1)")
+        require(self, "last_leg", (self.first_leg == "self") != (self.last_leg == "self"), "self if --first-leg is not, and only then")
         check_interval(self, "guidance_interval")
 
 
@@ -59,12 +62,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if ranks.device.type == "cuda":
         teacher.compile_blocks()
     print(f"n = {cfg.num_images}, guidance at times {cfg.guidance_interval[0]:g} to {cfg.guidance_interval[1]:g}\n\n"
-          "| guidance | leg | lam | FD | class accuracy |\n|---|---|---|---|---|")
-    for w, leg, lam in itertools.product(cfg.guidance_scale, cfg.first_leg, cfg.lam):
+          "| guidance | first leg | last leg | share | FD | class accuracy |\n|---|---|---|---|---|---|")
+    for w, share in itertools.product(cfg.guidance_scale, cfg.share):
         v = guided_velocity(teacher.velocity, teacher.null_class, w, cfg.guidance_interval)
         with torch.no_grad():
-            found = evaluate({"row": partial(solve, v, lam=lam, midpoint=leg == "midpoint", last=cfg.last)})
-        print(f"| {w:g} | {leg} | {lam:g} | {found['fd_row']:.3f} | {found.get('accuracy_row', float('nan')):.3f} |", flush=True)
+            found = evaluate({"row": partial(solve, v, share=share, first_leg=cfg.first_leg, last_leg=cfg.last_leg, least=cfg.least)})
+        accuracy = found.get("accuracy_row", float("nan"))
+        print(f"| {w:g} | {cfg.first_leg} | {cfg.last_leg} | {share:g} | {found['fd_row']:.3f} | {accuracy:.3f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""What an anchored student would learn if it learnt perfectly: how much of the data's spread one step keeps, by lam and leg.
+"""What an anchored student would learn if it learnt perfectly: how much of the data's spread one step keeps, by leg and its share.
 
     python -m benchmarks.splitting_bias
 
-With a step of the teacher's flow as first leg and a constant lam, Eq. 11 unrolls to a solver of the teacher's flow whose every step
-takes the share lam of what remains of the interval. On Gaussian data N(0, sd^2) the flow is linear in z, z_t having the standard
-deviation sqrt((1 - t)^2 sd^2 + t^2), so that solver's end point is a product of numbers. No training, no randomness.
+With a step of the teacher's flow as first leg, a constant share of the interval, Eq. 11 unrolls to a solver of the teacher's flow whose
+every step takes that share of what remains; as last leg, to the same steps in reverse order. On Gaussian data N(0, sd^2) the flow
+is linear in z, z_t having the standard deviation sqrt((1 - t)^2 sd^2 + t^2), so that solver's end point is a product of numbers. No
+training, no randomness.
 """
 
 import torch
@@ -12,9 +13,11 @@ from torch import Tensor
 
 from utils.flow import step
 from utils.guidance import Velocity
-from utils.losses import midpoint_leg
+from utils.losses import Leg, one_step
+from utils.sampling import follow
 
-LAMS, SPREADS = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02), (1.0, 0.5, 0.2, 0.05)
+SHARES, SPREADS = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02), (1.0, 0.5, 0.2, 0.05)
+ANCHORED: list[tuple[Leg, Leg]] = [("euler", "self"), ("midpoint", "self"), ("self", "euler"), ("self", "midpoint")]
 
 
 def velocity(z: Tensor, t: Tensor, sd: float) -> Tensor:
@@ -23,31 +26,34 @@ def velocity(z: Tensor, t: Tensor, sd: float) -> Tensor:
     return z * (t - left * sd**2) / (left**2 * sd**2 + t**2)
 
 
-def solve(v: Velocity, z: Tensor, y: Tensor, lam: float, midpoint: bool, last: float = 1e-9) -> Tensor:
-    """From noise z (B, ...) to data along v, each step taking the share lam of the time that remains; below `last` all of it."""
-    now = 1.0
-    while now > 0:
-        then = (1 - lam) * now if now > last else 0.0
-        t, s = (torch.full((len(z),), time, dtype=z.dtype, device=z.device) for time in (now, then))
-        leg = v(z, t, y)
-        if midpoint:
-            leg = midpoint_leg(v, z, leg, s, t, y)
-        z, now = step(z, s, t, leg), then
-    return z
+def unrolled_times(share: float, last: bool, least: float) -> list[float]:
+    """From 1 down to 0, each step the share of what remains, below `least` all of it; with `last` the same lengths from the other end."""
+    times = [1.0]
+    while times[-1] > 0:
+        times.append((1 - share) * times[-1] if times[-1] > least else 0.0)
+    return [1 - time for time in reversed(times)] if last else times
 
 
-def kept(lam: float, sd: float, midpoint: bool) -> float:
+def solve(v: Velocity, z: Tensor, y: Tensor, share: float, first_leg: Leg, last_leg: Leg = "self", least: float = 1e-9) -> Tensor:
+    """From noise z (B, ...) to data along v, in the steps that the unrolled student takes; one of the legs is "self"."""
+    last = last_leg != "self"
+    average = one_step(v, last_leg if last else first_leg)
+    return follow(lambda z, r, t: step(z, r, t, average(z, r, t, y)), z, unrolled_times(share, last, least), trajectory=False)
+
+
+def kept(share: float, sd: float, first_leg: Leg, last_leg: Leg = "self") -> float:
     """Standard deviation of one-step samples over that of the data; 1 is right."""
     one = torch.ones(1, dtype=torch.float64)
-    return solve(lambda z, t, y: velocity(z, t, sd), one, one.long(), lam, midpoint).item() / sd
+    return solve(lambda z, t, y: velocity(z, t, sd), one, one.long(), share, first_leg, last_leg).item() / sd
 
 
 def main() -> None:
-    print("| sd of the data | leg | " + " | ".join(f"lam {lam}" for lam in LAMS) + " |\n" + "|---" * (2 + len(LAMS)) + "|")
+    print("| sd of the data | first leg | last leg | " + " | ".join(f"share {share}" for share in SHARES) + " |\n"
+          + "|---" * (3 + len(SHARES)) + "|")
     for sd in SPREADS:
-        for midpoint in (False, True):
-            row = " | ".join(f"{kept(lam, sd, midpoint):.4f}" for lam in LAMS)
-            print(f"| {sd} | {'midpoint' if midpoint else 'Euler'} | {row} |")
+        for legs in ANCHORED:
+            row = " | ".join(f"{kept(share, sd, *legs):.4f}" for share in SHARES)
+            print(f"| {sd} | {' | '.join(legs)} | {row} |")
 
 
 if __name__ == "__main__":

@@ -125,28 +125,34 @@ def test_the_solver_takes_what_it_says():
         seen.append(t[0].item())
         return z * t[:, None]
 
-    assert torch.equal(splitting_bias.solve(v, z, y, 1, midpoint=False), z - z)                     # one Euler step: z - 1 v(z, 1)
-    splitting_bias.solve(v, z, y, 0.5, midpoint=True, last=0.3)
+    assert torch.equal(splitting_bias.solve(v, z, y, 1, "euler"), z - z)                            # one Euler step: z - 1 v(z, 1)
+    splitting_bias.solve(v, z, y, 0.5, "midpoint", least=0.3)
     assert seen == [1, 1, 0.75, 0.5, 0.375, 0.25, 0.125]
+    seen.clear()
+    splitting_bias.solve(v, z, y, 0.5, "self", "euler", least=0.3)
+    assert seen == [1, 0.75, 0.5]
 
 
-@pytest.mark.parametrize(("midpoint", "lam"), [(False, 0.3), (False, 0.05), (True, 0.3)])
-def test_an_anchored_student_is_a_solver(midpoint, lam):
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(("leg", "share"), [("euler", 0.3), ("euler", 0.05), ("midpoint", 0.3)])
+def test_an_anchored_student_is_a_solver(leg, share, last):
     """The solver whose bias is tabulated satisfies Eq. 11 exactly, with the same leg: it is what such a student converges to."""
-    sd = 0.5
+    sd, powers = 0.5, (1 - share) ** torch.arange(600).double()
+    places = (1 - powers).flip(0) if last else torch.cat([powers, powers.new_zeros(1)])             # of the interval's states, in [0, 1]
 
-    def leg(z, s, t):
+    def teachers(z, r, t, y):
         v = splitting_bias.velocity(z, t, sd)
-        return splitting_bias.velocity(step(z, (s + t) / 2, t, v), (s + t) / 2, sd) if midpoint else v
+        return splitting_bias.velocity(step(z, (r + t) / 2, t, v), (r + t) / 2, sd) if leg == "midpoint" else v
 
     def u(z, r, t, y):
-        end, now = z, t
-        while (now > 1e-9).any():
-            s = (1 - lam) * now
-            end, now = step(end, s, now, leg(end, s, now)), s
-        return (z - end) / t
+        end = z
+        for before, after in zip(places, places[1:]):
+            end = step(end, r + (t - r) * after, r + (t - r) * before, teachers(end, r + (t - r) * after, r + (t - r) * before, y))
+        return (z - end) / (t - r)
 
-    z, t, r = torch.ones(3, dtype=torch.float64), torch.tensor([1.0, 0.7, 0.2]).double(), torch.zeros(3).double()
-    target = splitting_target(u, z, r, t, torch.full_like(t, lam), None, leg(z, (1 - lam) * t, t))
+    z, t, r = torch.ones(3, dtype=torch.float64), torch.tensor([1.0, 0.7, 0.2]).double(), torch.tensor([0, 0.1, 0]).double()
+    target = splitting_target(u, teachers, z, r, t, 1 - torch.full_like(t, share), None) if last else \
+        splitting_target(teachers, u, z, r, t, torch.full_like(t, share), None)
     torch.testing.assert_close(target, u(z, r, t, None), atol=1e-8, rtol=0)
-    assert abs(splitting_bias.kept(lam, sd, midpoint) - (1 - u(z, r, t, None)[0].item()) / sd) < 1e-8
+    kept = splitting_bias.kept(share, sd, *(("self", leg) if last else (leg, "self")))
+    assert abs(kept - (1 - u(z, r, t, None)[0].item()) / sd) < 1e-8

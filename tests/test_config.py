@@ -125,7 +125,8 @@ STUDENTS = [
     (["--pinned-steps", "0"], "0: must be one or more counts, each at least 1"),
     (["--num-steps", "1", "0"], "1 0: must be one or more counts, each at least 1"),
     (["--guidance-interval", "0.8", "0.2"], "0.8 0.2: must be two times, 0 <= low <= high <= 1"),
-    (["--first-leg", "both"], "'both'", "'midpoint', 'euler', 'self'"),
+    (["--first-leg", "both"], "'both'", "'self', 'euler', 'midpoint'"),
+    (["--first-leg", "midpoint", "--last-leg", "euler"], "--last-leg euler: must be self where --first-leg is midpoint"),
     (["--r-law", "logit-normal(0, -1)"], "logit-normal(0, -1)", "above 0"),
     (["--lam-law", "constant(2)"], "constant(2)", "(0, 1]"),
 ]

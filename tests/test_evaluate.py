@@ -78,10 +78,14 @@ def test_teacher_rows_count_guided_evaluations_twice(folder):
 def test_a_perfect_student_is_its_teacher_in_a_few_steps(folder, capsys):
     flags = ["--classifier", str(folder / "judge.safetensors"), "--num-images", "300", "--results-dir", str(folder), "--device", "cpu",
              "--guidance-scale", "2", "--guidance-interval", "0.5", "1"]
-    perfect_student.main([str(folder / "teacher-digits.safetensors"), "--lam", "1", "0.5", "--first-leg", "midpoint", "euler", *flags])
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| 2 |")]
-    assert [row[1:3] for row in rows] == [["midpoint", "1"], ["midpoint", "0.5"], ["euler", "1"], ["euler", "0.5"]]
-    assert len({row[3] for row in rows}) > 1                                    # they are not one solver
+    teacher, rows = str(folder / "teacher-digits.safetensors"), []
+    for legs in (["midpoint", "self"], ["euler", "self"], ["self", "midpoint"]):
+        perfect_student.main([teacher, "--share", "1", "0.5", "--first-leg", legs[0], "--last-leg", legs[1], *flags])
+        rows += [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| 2 |")]
+        assert [row[1:4] for row in rows[-2:]] == [[*legs, "1"], [*legs, "0.5"]]
+    distances = [row[4] for row in rows]
+    assert distances[0] == distances[4]                                         # one step from end to end, whichever leg it is called
+    assert len(set(distances)) >= 4                                             # otherwise they are not one solver, if barely trained
     with pytest.raises(ValueError, match="student-digits.safetensors is a student; a teacher's flow is solved here"):
         perfect_student.main([str(folder / "student-digits.safetensors"), *flags])
 

@@ -1,23 +1,18 @@
 """The method against the Gaussian oracle, with the field's classic mistakes as negative controls."""
 
-from typing import get_args
-
 import pytest
 import torch
 from oracle import ORACLE, batch
 from torch import Tensor
 
-from utils.flow import pad_like
+from utils.flow import pad_like, step
 from utils.losses import (
-    Leg,
     adaptive_weight,
     anchored_splitting_loss,
     boundary_loss,
     flow_matching_loss,
     interval_splitting_loss,
     mean_flow_loss,
-    midpoint_leg,
-    splitting_target,
     squared_error,
     student_loss,
 )
@@ -29,22 +24,18 @@ def test_splitting_and_boundary_vanish_at_the_oracle():
     assert boundary_loss(ORACLE.u, ORACLE.v, z_t, t, y).max() < 1e-20
 
 
-def test_the_euler_leg_is_exact_as_lam_vanishes():
-    """The anchored residual over lam tends to (u - v + (t - r) du/dt), which is 0, at first order in lam."""
-    z_t, r, t, _, y = batch()
-    small, smaller = (anchored_splitting_loss(ORACLE.u, ORACLE.v, z_t, r, t, torch.full_like(t, lam), y, midpoint=False).mean()
-                      for lam in (1e-2, 1e-3))
-    assert small < 1e-4
-    assert smaller < small / 50
+ANCHORED = [("euler", "self"), ("midpoint", "self"), ("self", "euler"), ("self", "midpoint")]
 
 
-def test_the_midpoint_leg_is_of_higher_order():
-    """At the exact average velocity what is left is the leg's error. Its square falls with lam^2; by the midpoint rule it would
-    with lam^4, but on a Gaussian flow, whose std has y y'' + y'^2 constant, the leading term cancels: lam^6."""
-    z_t, r, t, lam, y = batch(64)
-    coarse, fine = ([anchored_splitting_loss(ORACLE.u, ORACLE.v, z_t, r, t, scale * lam, y, midpoint).mean() for midpoint in (False, True)]
-                    for scale in (0.2, 0.05))
-    assert 14 < coarse[0] / fine[0] < 20 and 3000 < coarse[1] / fine[1] < 6000                      # 4^2 and 4^6
+@pytest.mark.parametrize("legs", ANCHORED)
+def test_the_teachers_leg_is_exact_as_it_shortens(legs):
+    """At the exact average velocity what is left is the leg's error. Its square falls with the share to the power 2 by Euler's
+    rule; by the midpoint rule it would with 4, but on a Gaussian flow, whose std has y y'' + y'^2 constant, the leading term cancels: 6."""
+    z_t, r, t, share, y = batch(64)
+    coarse, fine = (anchored_splitting_loss(ORACLE.u, ORACLE.v, z_t, r, t, scale * share, y, *legs).mean() for scale in (0.2, 0.05))
+    assert fine < 2e-3
+    low, high = (14, 20) if "euler" in legs else (3000, 6000)                                       # 4^2 and 4^6
+    assert low < coarse / fine < high
 
 
 def test_mean_flow_vanishes_at_the_oracle_only():
@@ -56,16 +47,28 @@ def test_mean_flow_vanishes_at_the_oracle_only():
     assert mean_flow_loss(ORACLE.u, z_t, -v_t, r, t, y).mean() > 1e-3
 
 
-@pytest.mark.parametrize("midpoint", [False, True])
-def test_mean_flow_is_the_limit_of_anchored_splitting(midpoint):
-    """Away from the solution too: the anchored residual over lam tends to MeanFlow's own."""
+def some_velocity(z, r, t, y):
+    """No average velocity of any flow."""
+    return torch.sin(z) * pad_like(t - r**2, z)
+
+
+@pytest.mark.parametrize("leg", ["euler", "midpoint"])
+def test_mean_flow_is_the_limit_of_an_anchored_first_leg(leg):
+    """Away from the solution too: the anchored residual over its share tends to MeanFlow's own."""
     z_t, r, t, _, y = batch()
+    limit = mean_flow_loss(some_velocity, z_t, ORACLE.v(z_t, t, y), r, t, y)
+    near = anchored_splitting_loss(some_velocity, ORACLE.v, z_t, r, t, torch.full_like(t, 1e-5), y, leg, "self")
+    assert torch.allclose(near, limit, rtol=1e-3, atol=1e-6)
 
-    def u(z, r, t, y):
-        return torch.sin(z) * pad_like(t - r**2, z)
 
-    limit = mean_flow_loss(u, z_t, ORACLE.v(z_t, t, y), r, t, y)
-    near = anchored_splitting_loss(u, ORACLE.v, z_t, r, t, torch.full_like(t, 1e-5), y, midpoint)
+@pytest.mark.parametrize("leg", ["euler", "midpoint"])
+def test_the_limit_of_an_anchored_last_leg(leg):
+    """It tends to the Lagrangian residual: how the student's end point moves with r, against the velocity there."""
+    z_t, r, t, _, y = batch()
+    u, du_dr = torch.func.jvp(lambda r: some_velocity(z_t, r, t, y), (r,), (torch.ones_like(r),))
+    z_r = step(z_t, r, t, u)
+    limit = squared_error(u - pad_like(t - r, u) * du_dr, ORACLE.v(z_r, r, y))
+    near = anchored_splitting_loss(some_velocity, ORACLE.v, z_t, r, t, torch.full_like(t, 1e-5), y, "self", leg)
     assert torch.allclose(near, limit, rtol=1e-3, atol=1e-6)
 
 
@@ -149,35 +152,46 @@ class Linear(torch.nn.Module):
         return z * (self.w[0] + self.w[1] * pad_like(r, z) + self.w[2] * pad_like(t, z))
 
 
-@pytest.mark.parametrize("leg", get_args(Leg))
-def test_student_loss_is_the_two_losses(leg):
-    z_t, r, t, lam, y = batch()
+ALL_LEGS = [("self", "self"), *ANCHORED]
+
+
+@pytest.mark.parametrize("legs", ALL_LEGS)
+def test_student_loss_is_the_two_losses(legs):
+    z_t, r, t, share, y = batch()
     u, n = Linear(), 24
-    parts = student_loss(u, u, ORACLE.v, z_t, r, t, lam, y, n, leg)
-    expected = boundary_loss(u, ORACLE.v, z_t[:n], t[:n], y[:n])
-    rest = (z_t[n:], r[n:], t[n:], lam[n:], y[n:])
-    splitting = interval_splitting_loss(u, *rest) if leg == "self" else anchored_splitting_loss(u, ORACLE.v, *rest, leg == "midpoint")
-    torch.testing.assert_close(parts.boundary, expected, rtol=1e-12, atol=0)
+    parts = student_loss(u, u, ORACLE.v, z_t, r, t, share, y, n, *legs)
+    rest = (z_t[n:], r[n:], t[n:], share[n:], y[n:])
+    splitting = interval_splitting_loss(u, *rest) if legs == ("self", "self") else anchored_splitting_loss(u, ORACLE.v, *rest, *legs)
+    torch.testing.assert_close(parts.boundary, boundary_loss(u, ORACLE.v, z_t[:n], t[:n], y[:n]), rtol=1e-12, atol=0)
     torch.testing.assert_close(parts.splitting, splitting, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("leg", get_args(Leg))
-def test_gradient_reaches_only_the_prediction(leg):
+@pytest.mark.parametrize("legs", ALL_LEGS)
+def test_gradient_reaches_only_the_prediction(legs):
     """The gradient equals that of the squared error to a constant; teacher and target network get none."""
-    z_t, r, t, lam, y = batch()
+    z_t, r, t, share, y = batch()
     u, target_network, teacher = Linear(), Linear(), Linear()
     v = lambda z, t, y: teacher(z, t, t, y)                                                  # noqa: E731
-    parts = student_loss(u, target_network, v, z_t, r, t, lam, y, 24, leg)
+    parts = student_loss(u, target_network, v, z_t, r, t, share, y, 24, *legs)
     torch.cat(parts).mean().backward()
     assert teacher.w.grad is None and target_network.w.grad is None
-    r = torch.cat([t[:24], r[24:]])
-    v_t = v(z_t, t, y)
-    u_st = {"self": None, "euler": v_t, "midpoint": midpoint_leg(v, z_t, v_t, (1 - lam) * t + lam * r, t, y)}[leg]
-    constant = torch.cat([v_t[:24], splitting_target(target_network, z_t, r, t, lam, y, u_st)[24:]]).detach()
-    scale = torch.cat([torch.ones(24), torch.ones(40) if leg == "self" else lam[24:]]).double()
+
+    def leg(kind, z, end, start):
+        """One leg of the target, written out."""
+        v_start = v(z, start, y)
+        middle = (start + end) / 2
+        return {"self": target_network(z, end, start, y), "euler": v_start,
+                "midpoint": v(z - pad_like(start - middle, z) * v_start, middle, y)}[kind]
+
+    s = r + share * (t - r) if legs[1] != "self" else t - share * (t - r)
+    u_st = leg(legs[0], z_t, s, t)
+    z_s = z_t - pad_like(t - s, z_t) * u_st
+    whole = (pad_like(s - r, z_t) * leg(legs[1], z_s, r, s) + pad_like(t - s, z_t) * u_st) / pad_like(t - r, z_t)      # Eq. 10
+    constant = torch.cat([v(z_t, t, y)[:24], whole[24:]]).detach()
+    scale = torch.cat([torch.ones(24), torch.ones(40) if legs == ("self", "self") else share[24:]]).double()
     again = Linear()
-    (squared_error(again(z_t, r, t, y), constant) / scale**2).mean().backward()
-    torch.testing.assert_close(u.w.grad, again.w.grad, rtol=1e-10, atol=0)
+    (squared_error(again(z_t, torch.cat([t[:24], r[24:]]), t, y), constant) / scale**2).mean().backward()
+    torch.testing.assert_close(u.w.grad, again.w.grad, rtol=1e-9, atol=0)
 
 
 def test_adaptive_weight():

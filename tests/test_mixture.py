@@ -75,7 +75,7 @@ def networks() -> tuple[Net, Net]:
         r, later = draw_intervals(BATCH - n, "logit-normal(-0.6, 1.6)", "logit-normal(-4, 1.6)", 0.4, (1, 2), draw)
         r, t = torch.cat([t, r]), torch.cat([t, later])
         lam = draw_lam(BATCH, "constant(0.3)", progress, draw)
-        parts = student_loss(student, student, v, interpolate(x, eps, t), r, t, lam, y, n, leg="midpoint")
+        parts = student_loss(student, student, v, interpolate(x, eps, t), r, t, lam, y, n, first_leg="midpoint")
         return torch.cat(parts).mean()
 
     train(student, loss, 2500)

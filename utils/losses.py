@@ -4,8 +4,9 @@
     (t - r) u(z_t, r, t) = (s - r) u(z_s, r, s) + (t - s) u(z_t, s, t),   r <= s <= t                       (Eq. 10)
 
 With lam = (t - s) / (t - r) that is u_rt = (1 - lam) u_rs + lam u_st (Eq. 11). The right-hand side is the target and
-carries no gradient: the backward pass goes through u(z_t, r, t) alone (Algorithm 1). In place of the student's own u_st one step of
-the teacher's ODE may stand (`Leg`): the default, see docs/method.md.
+carries no gradient: the backward pass goes through u(z_t, r, t) alone (Algorithm 1). Of its two legs, first from t to s, then from
+s to r, Algorithm 1 takes both from the student. Here one of them may be a step of the teacher's ODE (`Leg`), which anchors the
+student at its teacher: the default, see docs/method.md.
 
 Losses are pure: callables u(z, r, t, y) and v(z, t, y), states and times in; one value per sample out. Weighting,
 reduction and precision are the caller's. Shapes: z_t (B, ...), r, t, lam (B,), y (B,) long; results (B,) float32.
@@ -21,7 +22,7 @@ from utils.flow import conditional_velocity, interpolate, pad_like, step
 from utils.guidance import Velocity
 
 AverageVelocity = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]        # u(z, r, t, y)
-Leg = Literal["midpoint", "euler", "self"]      # first leg u_st: one midpoint or Euler step of the teacher's ODE, or the student's own
+Leg = Literal["self", "euler", "midpoint"]      # the student's own, or one Euler or midpoint step of the teacher's ODE
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
@@ -51,43 +52,55 @@ def split_time(r: Tensor, t: Tensor, lam: Tensor) -> Tensor:
     return (1 - lam) * t + lam * r
 
 
+def one_step(v: Velocity, leg: Leg) -> AverageVelocity:
+    """One step of the ODE dz/dt = v from t to r, as an average velocity: by Euler's rule, or to second order by the midpoint rule."""
+    def euler(z_t: Tensor, r: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return v(z_t, t, y)
+
+    def midpoint(z_t: Tensor, r: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        middle = (r + t) / 2
+        return v(step(z_t, middle, t, v(z_t, t, y)), middle, y)
+
+    return {"euler": euler, "midpoint": midpoint}[leg]
+
+
 @torch.no_grad()
-def splitting_target(u: AverageVelocity, z_t: Tensor, r: Tensor, t: Tensor, lam: Tensor, y: Tensor,
-                     u_st: Tensor | None = None) -> Tensor:
-    """Right-hand side of Eq. 11. `u_st` is the first leg; None asks u itself for it, as Algorithm 1 does."""
+def splitting_target(first: AverageVelocity, last: AverageVelocity, z_t: Tensor, r: Tensor, t: Tensor, lam: Tensor, y: Tensor) -> Tensor:
+    """Right-hand side of Eq. 11, from what makes its two legs. Algorithm 1: the student makes both."""
     s = split_time(r, t, lam)
-    if u_st is None:
-        u_st = u(z_t, s, t, y)                              # first leg, from t down to s
-    u_rs = u(step(z_t, s, t, u_st), r, s, y)                # second leg, from z_s down to r
+    u_st = first(z_t, s, t, y)
+    u_rs = last(step(z_t, s, t, u_st), r, s, y)
     return torch.lerp(u_rs, u_st, pad_like(lam, z_t))
 
 
 def interval_splitting_loss(u: AverageVelocity, z_t: Tensor, r: Tensor, t: Tensor, lam: Tensor, y: Tensor) -> Tensor:
     """Interval Splitting Consistency with both legs the student's own, as in Algorithm 1."""
-    return squared_error(u(z_t, r, t, y), splitting_target(u, z_t, r, t, lam, y))
+    return squared_error(u(z_t, r, t, y), splitting_target(u, u, z_t, r, t, lam, y))
 
 
-@torch.no_grad()
-def midpoint_leg(v: Velocity, z_t: Tensor, v_t: Tensor, s: Tensor, t: Tensor, y: Tensor) -> Tensor:
-    """Mean velocity of the teacher's ODE from t down to s by the midpoint rule, to second order in t - s; v_t is v(z_t, t, y)."""
-    middle = (s + t) / 2
-    return v(step(z_t, middle, t, v_t), middle, y)
+def anchored_splitting_loss(u: AverageVelocity, v: Velocity, z_t: Tensor, r: Tensor, t: Tensor, share: Tensor, y: Tensor,
+                            first_leg: Leg, last_leg: Leg) -> Tensor:
+    """Interval Splitting Consistency with one leg anchored at the teacher; the residual is divided by that leg's share of the interval.
 
-
-def anchored_splitting_loss(u: AverageVelocity, v: Velocity, z_t: Tensor, r: Tensor, t: Tensor, lam: Tensor, y: Tensor,
-                            midpoint: bool) -> Tensor:
-    """Interval Splitting Consistency whose first leg is anchored at the teacher: one step of its ODE, midpoint or Euler.
-
-    Either keeps the student from teaching itself nonsense. The residual is divided by lam; as lam -> 0 it tends to MeanFlow's
-    u + (t - r) du/dt - v. The Euler step, u_st := v(z_t, t, y), is right only there, to first order in lam (t - r); the midpoint
-    step, to second order, lets lam stay large. (velocity in the first leg: cf. SoFlow, arXiv 2512.15657)
+    As the share goes to 0 the residual of an anchored first leg tends to MeanFlow's, u + (t - r) du/dt - v(z_t, t), that of an anchored
+    last leg to u - (t - r) du/dr - v(z_r, r), where z_r is where the student itself arrives. The teacher's Euler step is right
+    only there; its midpoint step lets the share stay large. (first leg: cf. SoFlow, arXiv 2512.15657; last leg: cf. Lagrangian
+    self-distillation, Boffi et al., arXiv 2505.18825)
     """
-    with torch.no_grad():
-        u_st = v(z_t, t, y)
-        if midpoint:
-            u_st = midpoint_leg(v, z_t, u_st, split_time(r, t, lam), t, y)
-    target = splitting_target(u, z_t, r, t, lam, y, u_st)
-    return squared_error(u(z_t, r, t, y), target) / lam.square()
+    target = splitting_target(*legs(u, v, first_leg, last_leg), z_t, r, t, first_share(share, last_leg), y)
+    return squared_error(u(z_t, r, t, y), target) / share.square()
+
+
+def legs(u: AverageVelocity, v: Velocity, first_leg: Leg, last_leg: Leg) -> tuple[AverageVelocity, AverageVelocity]:
+    """What makes the first and the last leg of a target: u, or a step along v. Not both of them v: the student would not be asked."""
+    assert "self" in (first_leg, last_leg)
+    first, last = (u if leg == "self" else one_step(v, leg) for leg in (first_leg, last_leg))
+    return first, last
+
+
+def first_share(share: Tensor, last_leg: Leg) -> Tensor:
+    """lam of Eq. 11, the first leg's share of the interval, from that of the anchored leg. Both (B,)."""
+    return share if last_leg == "self" else 1 - share
 
 
 def mean_flow_loss(u: AverageVelocity, z_t: Tensor, v_t: Tensor, r: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -113,8 +126,8 @@ class StudentLoss(NamedTuple):
     splitting: Tensor           # (B - num_boundary,)
 
 
-def student_loss(u: AverageVelocity, u_target: AverageVelocity, v: Velocity, z_t: Tensor, r: Tensor, t: Tensor, lam: Tensor,
-                 y: Tensor, num_boundary: int, leg: Leg) -> StudentLoss:
+def student_loss(u: AverageVelocity, u_target: AverageVelocity, v: Velocity, z_t: Tensor, r: Tensor, t: Tensor, share: Tensor,
+                 y: Tensor, num_boundary: int, first_leg: Leg = "self", last_leg: Leg = "self") -> StudentLoss:
     """Both student losses over one batch, with a single forward pass that carries gradient.
 
     Equal to `boundary_loss` on the first `num_boundary` rows and to `anchored_splitting_loss` or `interval_splitting_loss`
@@ -122,18 +135,18 @@ def student_loss(u: AverageVelocity, u_target: AverageVelocity, v: Velocity, z_t
 
     Args:
         u: the student.
-        u_target: the network that the splitting targets come from: the student, or an EMA of it.
+        u_target: the network that makes the student's part of the targets: the student, or an EMA of it.
         v: the teacher's guided velocity.
-        num_boundary: rows for the boundary condition; their r and lam are not used.
-        leg: where the first leg comes from; "self" is `u_target`.
+        share: which part of the interval the teacher's leg takes; without one, lam of Eq. 11. In (0, 1], (B,).
+        num_boundary: rows for the boundary condition; their r and share are not used.
+        first_leg, last_leg: whose the two legs are; one or both "self", which is `u_target`. Both: Algorithm 1.
     """
     n = num_boundary
     r = torch.cat([t[:n], r[n:]])
     with torch.no_grad():
-        v_t = v(z_t[:n], t[:n], y[:n]) if leg == "self" else v(z_t, t, y)
-        u_st = None if leg == "self" else v_t[n:]
-        if leg == "midpoint":
-            u_st = midpoint_leg(v, z_t[n:], v_t[n:], split_time(r[n:], t[n:], lam[n:]), t[n:], y[n:])
-        target = torch.cat([v_t[:n], splitting_target(u_target, z_t[n:], r[n:], t[n:], lam[n:], y[n:], u_st)])
+        lam = first_share(share[n:], last_leg)
+        splitting = splitting_target(*legs(u_target, v, first_leg, last_leg), z_t[n:], r[n:], t[n:], lam, y[n:])
+        target = torch.cat([v(z_t[:n], t[:n], y[:n]), splitting])
     error = squared_error(u(z_t, r, t, y), target)
-    return StudentLoss(error[:n], error[n:] if leg == "self" else error[n:] / lam[n:].square())
+    anchored = (first_leg, last_leg) != ("self", "self")
+    return StudentLoss(error[:n], error[n:] / share[n:].square() if anchored else error[n:])

@@ -81,7 +81,7 @@ def draw_intervals(num: int, t_law: str, r_law: str, pinned_share: float, pinned
 
 
 def draw_lam(num: int, law: str, progress: float, generator: Generator) -> Tensor:
-    """Where to split: s = (1 - lam) t + lam r, lam in (0, 1], float32 (num,).
+    """Where to split: s = (1 - lam) t + lam r, lam in (0, 1], float32 (num,). Where the last leg is the teacher's: the share of that one.
 
     "uniform" is Algorithm 1's U(0, 1); "constant(c)" is c; "anneal(start, end, share)" falls geometrically from start to
     end over the first `share` of training and stays there.

@@ -23,6 +23,7 @@ import train_student_mnist
 import train_teacher
 import train_teacher_mnist
 from models import dit
+from utils import losses
 from utils.flow import pad_like, step
 from utils.guidance import Velocity
 from utils.losses import AverageVelocity, Leg, StudentLoss, squared_error, student_loss
@@ -206,20 +207,40 @@ def augmentation(rate: float, most_shift: float = 0.125) -> None:
 
 
 def mixed_leg() -> None:
-    """The first leg is the teacher's in every other update, the student's own in the rest."""
+    """A leg is the teacher's in every other update, both are the student's own in the rest."""
     turn = itertools.cycle([False, True])
-    change(STUDENTS, "student_loss", lambda *args: student_loss(*args[:-1], "self" if next(turn) else args[-1]))
+    change(STUDENTS, "student_loss", lambda *args: student_loss(*args[:-2], *(("self", "self") if next(turn) else args[-2:])))
+
+
+def several_steps(count: int) -> None:
+    """The teacher's leg is several steps of its flow in a row, which lets its share be larger: fewer hops to a long interval."""
+    one_step = losses.one_step
+
+    def steps(v: Velocity, leg: Leg) -> AverageVelocity:
+        average = one_step(v, leg)
+
+        def several(z_t: Tensor, r: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            times = [torch.lerp(t, r, i / count) for i in range(count + 1)]
+            velocities = []
+            for start, end in zip(times, times[1:]):
+                velocities.append(average(z_t, end, start, y))
+                z_t = step(z_t, end, start, velocities[-1])
+            return torch.stack(velocities).mean(0)
+
+        return several
+
+    change([losses], "one_step", steps)
 
 
 def warm_start(updates: int, substeps: int = 4) -> None:
     """At first the target is the mean velocity of the teacher's own trajectory from t to r, solved in `substeps` Euler steps."""
     count = itertools.count()
 
-    def loss(u: AverageVelocity, u_target: AverageVelocity, v: Velocity, z_t: Tensor, r: Tensor, t: Tensor, lam: Tensor, y: Tensor,
-             num_boundary: int, leg: Leg) -> StudentLoss:
+    def loss(u: AverageVelocity, u_target: AverageVelocity, v: Velocity, z_t: Tensor, r: Tensor, t: Tensor, share: Tensor,
+             y: Tensor, num_boundary: int, first_leg: Leg, last_leg: Leg) -> StudentLoss:
         n = num_boundary
         if next(count) >= updates:
-            return student_loss(u, u_target, v, z_t, r, t, lam, y, n, leg)
+            return student_loss(u, u_target, v, z_t, r, t, share, y, n, first_leg, last_leg)
         r = torch.cat([t[:n], r[n:]])
         with torch.no_grad():
             z, times = z_t[n:], [torch.lerp(t[n:], r[n:], i / substeps) for i in range(substeps + 1)]
@@ -246,6 +267,7 @@ PATCHES: dict[str, Callable[[], None]] = {
     "nearest-of-4": lambda: nearest_noise(4),
     "augmentation": lambda: augmentation(0.12),
     "mixed-leg": mixed_leg,
+    "two-steps": lambda: several_steps(2),
     "warm-start": lambda: warm_start(100),
 }
 
