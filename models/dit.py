@@ -66,21 +66,31 @@ class Modulation(nn.Module):
         return self.up(self.down(c)).chunk(self.num_outputs, dim=1)
 
 
+def normalised_heads(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys (both RMS-normalised, then rotated) and values of each head, (B, heads, T, hd), from qkv (B, T, 3 D)."""
+    q, k, v = (rearrange(part, "b t (h d) -> b t h d", h=num_heads) for part in qkv.chunk(3, dim=-1))
+    q, k = rotate(rms_norm(q), cos, sin), rotate(rms_norm(k), cos, sin)             # (B, T, heads, hd)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def attend(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
+    """qkv: (B, T, 3 D); cos, sin: (T, hd/2). Returns (B, T, D)."""
+    return rearrange(F.scaled_dot_product_attention(*normalised_heads(qkv, cos, sin, num_heads)), "b h t d -> b t (h d)")
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention over all patches; queries and keys are RMS-normalised, then rotated."""
+    """Multi-head self-attention over all patches."""
 
     def __init__(self, width: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
+        self.attend = attend                                # or the same by a kernel of ours, see `models.fused`
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x: (B, T, D); cos, sin: (T, hd/2). Returns (B, T, D)."""
-        q, k, v = (rearrange(part, "b t (h d) -> b t h d", h=self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
-        q, k = rotate(rms_norm(q), cos, sin), rotate(rms_norm(k), cos, sin)         # (B, T, heads, hd)
-        x = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v)))
-        return self.out(rearrange(x, "b h t d -> b t (h d)"))
+        return self.out(self.attend(self.qkv(x), cos, sin, self.num_heads))
 
 
 class SquaredReLU(torch.autograd.Function):
@@ -110,14 +120,20 @@ def squared_relu(x: Tensor) -> Tensor:
     return x * x
 
 
+def two_products(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+    """relu(x W_in^T)^2 W_out^T: x (..., D), w_in (H, D), w_out (D, H) to (..., D)."""
+    return F.linear(squared_relu(F.linear(x, w_in)), w_out)
+
+
 class MLP(nn.Module):
     def __init__(self, width: int, ratio: int = 4):
         super().__init__()
         self.hidden = nn.Linear(width, ratio * width, bias=False)
         self.out = nn.Linear(ratio * width, width, bias=False)
+        self.two_products = two_products                    # or the same by kernels of ours, see `models.fused`
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(squared_relu(self.hidden(x)))
+        return self.two_products(x, self.hidden.weight, self.out.weight)
 
 
 class Block(nn.Module):

@@ -2,10 +2,14 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 from torch.distributed.fsdp import FSDPModule
 
 from models.hub import HubModel
+
+FUSED_ON = [(9, 0)]                                         # compute capabilities that our own kernels were made for: Hopper
 
 
 class Stack(nn.Module):
@@ -47,6 +51,12 @@ class Transformer(nn.Module, HubModel):
         """
         if isinstance(self.blocks[0], FSDPModule):
             at_once = 1
+        if torch.cuda.is_available() and torch.cuda.get_device_capability() in FUSED_ON:
+            from models.fused import fuse  # needs Triton
+
+            fuse(self)
+        # The gradients of our functions are traced with the rest of a graph, so that the next start may find both in the cache.
+        functorch_config.autograd_cache_allow_custom_autograd_functions = True
         self.stacks = [Stack(self.blocks[i : i + at_once]) for i in range(0, len(self.blocks), at_once)]
         for part in (*self.stacks, self.final):
             part.compile(dynamic=False)

@@ -28,8 +28,10 @@ def imports(path: Path) -> set[str]:
 
 @pytest.mark.parametrize(("file", "allowed"), [
     ("models/embeddings.py", set()),
-    ("models/transformer.py", {"models.hub"}),
+    ("models/transformer.py", {"models.hub", "models.fused"}),
     ("models/dit.py", {"models.embeddings", "models.transformer"}),
+    ("models/fused_mlp.py", {"models.dit"}),
+    ("models/fused_attention.py", {"models.dit"}),
     ("models/sit.py", {"models.dit", "models.embeddings", "models.transformer"}),
     ("models/foreign.py", {"models.sit"}),
     ("utils/flow.py", set()),
