@@ -13,7 +13,8 @@ from benchmarks.ablations import patches
 from models import DiT
 from utils.losses import anchored_splitting_loss
 
-OF_STUDENTS = {"mixed-leg", "warm-start"}
+OF_STUDENTS = {"mixed-leg", "pin-data-end", "warm-start"}
+TESTED_BELOW = {"heads-of-128", "compile-whole", "two-steps", "shared-states"}
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def plain(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", [name for name in patches.PATCHES if name not in ("heads-of-128", "compile-whole", "two-steps")])
+@pytest.mark.parametrize("name", sorted(set(patches.PATCHES) - TESTED_BELOW))
 def test_a_patched_script_trains_another_way(name, plain, undo, tmp_path):
     if name in OF_STUDENTS:
         stage, flags = "student", [*COMMON, "--teacher", str(plain / "teacher")]
@@ -121,6 +122,33 @@ def test_two_midpoint_steps_are_a_finer_leg(legs, undo):
     patches.PATCHES["two-steps"]()
     two = anchored_splitting_loss(*args).mean()
     assert one / two > 12
+
+
+def test_data_ends_pinned(undo):
+    """r is 0 for two of the three intervals of 1 and 2 steps, 1/2 for one; t is uniform above it, and other rows stay as they were."""
+    laws = "logit-normal(-0.6, 1.6)", "logit-normal(-4, 1.6)"
+    patches.PATCHES["pin-data-end"]()
+    r, t = train_student_mnist.draw_intervals(40_000, *laws, 1, (1, 2), torch.Generator().manual_seed(0))
+    assert set(r.tolist()) == {0, 0.5} and (r == 0).float().mean().item() == pytest.approx(2 / 3, abs=0.01)
+    for end in (0, 0.5):
+        place = (t[r == end] - end) / (1 - end)
+        assert place.min() >= 0 and place.max() <= 1
+        assert place.mean().item() == pytest.approx(1 / 2, abs=0.01) and place.var().item() == pytest.approx(1 / 12, rel=0.03)
+    r, t = train_student_mnist.draw_intervals(40_000, *laws, 0.3, (1, 2), torch.Generator().manual_seed(1))
+    plain_r, plain_t = patches.draw_intervals(40_000, *laws, 0.3, (1, 2), torch.Generator().manual_seed(1))
+    assert torch.equal(r, plain_r) and (t == plain_t).float().mean().item() == pytest.approx(0.7, abs=0.01)
+
+
+def test_shared_states_are_the_same_losses_at_the_same_states(undo):
+    patches.PATCHES["shared-states"]()
+    z_t, r, t, lam, y = (torch.cat([x, x]) for x in batch(32))
+    args = lambda z, r, t, y: ORACLE.v(z, t, y), ORACLE.u, ORACLE.v, z_t, r, t, lam, y, 32, "midpoint", "self"   # a student that is wrong
+    found, expected = train_student_mnist.student_loss(*args), patches.student_loss(*args)
+    assert expected.boundary.max() < 1e-20 and expected.splitting.mean() > 1e-3
+    for mine, theirs in zip(found, expected):
+        torch.testing.assert_close(mine, theirs)
+    with pytest.raises(ValueError, match="16 of 64 rows are boundary, legs midpoint and self"):
+        train_student_mnist.student_loss(*args[:8], 16, *args[9:])
 
 
 def test_a_patch_that_no_longer_fits_says_so():

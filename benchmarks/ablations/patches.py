@@ -27,6 +27,7 @@ from utils import losses
 from utils.flow import pad_like, step
 from utils.guidance import Velocity
 from utils.losses import AverageVelocity, Leg, StudentLoss, squared_error, student_loss
+from utils.times import draw_intervals, sampling_intervals
 
 TEACHERS, STUDENTS = (train_teacher, train_teacher_mnist), (train_student, train_student_mnist)
 
@@ -232,6 +233,38 @@ def several_steps(count: int) -> None:
     change([losses], "one_step", steps)
 
 
+def pin_data_end() -> None:
+    """Of the pinned intervals r alone is pinned, t uniform above it: with a first leg of the teacher a chain of targets has one r."""
+    def intervals(num: int, t_law: str, r_law: str, pinned_share: float, pinned_steps: Sequence[int],
+                  generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        r, t = draw_intervals(num, t_law, r_law, pinned_share, pinned_steps, generator)
+        pinned = sum((r == low) & (t == high) for low, high in sampling_intervals(pinned_steps)).bool()
+        anywhere = torch.lerp(r, torch.ones_like(r), torch.rand(num, generator=generator, device=generator.device))
+        return r, torch.where(pinned, anywhere, t)
+
+    change(STUDENTS, "draw_intervals", intervals)
+
+
+def shared_states() -> None:
+    """Boundary and splitting at the same states: one evaluation of the teacher, v(z_t, t), serves both. Half of the images is used."""
+    def loss(u: AverageVelocity, u_target: AverageVelocity, v: Velocity, z_t: Tensor, r: Tensor, t: Tensor, share: Tensor,
+             y: Tensor, num_boundary: int, first_leg: Leg, last_leg: Leg) -> StudentLoss:
+        n = len(y) - num_boundary
+        if n != num_boundary or (first_leg, last_leg) != ("midpoint", "self"):
+            raise ValueError(f"shared states: {num_boundary} of {len(y)} rows are boundary, legs {first_leg} and {last_leg}; "
+                             "half of them and midpoint and self are needed")
+        z, y, r, t, share = z_t[n:], y[n:], r[n:], t[n:], share[n:]
+        with torch.no_grad():
+            v_t, s = v(z, t, y), losses.split_time(r, t, share)
+            middle = (s + t) / 2
+            u_st = v(step(z, middle, t, v_t), middle, y)
+            target = torch.lerp(u_target(step(z, s, t, u_st), r, s, y), u_st, pad_like(share, z))
+        error = squared_error(u(z.repeat(2, 1, 1, 1), torch.cat([t, r]), t.repeat(2), y.repeat(2)), torch.cat([v_t, target]))
+        return StudentLoss(error[:n], error[n:] / share.square())
+
+    change(STUDENTS, "student_loss", loss)
+
+
 def warm_start(updates: int, substeps: int = 4) -> None:
     """At first the target is the mean velocity of the teacher's own trajectory from t to r, solved in `substeps` Euler steps."""
     count = itertools.count()
@@ -268,6 +301,8 @@ PATCHES: dict[str, Callable[[], None]] = {
     "augmentation": lambda: augmentation(0.12),
     "mixed-leg": mixed_leg,
     "two-steps": lambda: several_steps(2),
+    "pin-data-end": pin_data_end,
+    "shared-states": shared_states,
     "warm-start": lambda: warm_start(100),
 }
 
