@@ -4,10 +4,12 @@
     python -m benchmarks.growth --sweeps size --minutes 3
 
 The training scripts as they are, on random images, as in `benchmarks.throughput`, but one after the other in this process, which
-imports PyTorch once. Ends of a curve come before its middle. Writes rows.json, table.md and plot.png into --out, anew after each row.
+imports PyTorch once. Ends of a curve come before its middle. Writes rows.json, table.md and plot.png into --out, anew after each row;
+rows that are there already are not measured again, so the same command goes on.
 """
 
 import gc
+import json
 import statistics
 import sys
 import tempfile
@@ -82,6 +84,21 @@ def measure(name: str, model: str, batch: int, cfg: Config, folder: Path) -> Row
     return Row(name, model, batch, 1, speeds, rows[-1].get("memory_gib"), None, None, flops)
 
 
+def rows_so_far(cfg: Config, on_gpu: bool) -> list[Row]:
+    """The rows in --out.
+
+    Raises:
+        ValueError: they come from another device, version of PyTorch, size of images or number of updates.
+    """
+    file = Path(cfg.out) / "rows.json"
+    if not file.exists():
+        return []
+    theirs, ours = json.loads(file.read_text()), throughput.settings(cfg, on_gpu)
+    if different := [f"{key} {theirs.get(key)}, here {value}" for key, value in ours.items() if theirs.get(key) != value]:
+        raise ValueError(f"{file} cannot be gone on with: {'; '.join(different)}. Choose another --out")
+    return [Row(**row) for row in theirs["rows"]]
+
+
 def plot(rows: list[Row], path: Path, device: str) -> None:
     """A panel for each curve, images/s above and memory below."""
     plt = pyplot()
@@ -111,19 +128,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse_config(Config, argv, __doc__)
     start = time.monotonic()
     on_gpu = torch.cuda.is_available() and cfg.device != "cpu"
-    rows: list[Row] = []
+    rows = rows_so_far(cfg, on_gpu)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         throughput.write_images(folder / "images", cfg.image_size)
         ceiling = throughput.matmul_ceiling() if on_gpu else None
         for model, batch in points(cfg.sweeps):
-            teacher = command("teacher", model, 16, 1, 1, cfg, folder, first_teacher(model))
-            if any(name.startswith("student") for name in cfg.rows) and not (folder / "results" / first_teacher(model)).exists():
-                run_here([*teacher, "--compile", "False"])
-            for name in cfg.rows:
+            missing = [name for name in cfg.rows if not any((row.name, row.model, row.batch_size) == (name, model, batch) for row in rows)]
+            for name in missing:
                 if cfg.minutes is not None and time.monotonic() - start > 60 * cfg.minutes:
                     tqdm.write(f"{name} {model} batch {batch}: not measured, {cfg.minutes:g} minutes are over", file=sys.stderr)
                     continue
+                first = first_teacher(model)                # a student needs some teacher of its size
+                if name.startswith("student") and not (folder / "results" / first).exists():
+                    run_here([*command("teacher", model, 16, 1, 1, cfg, folder, first), "--compile", "False"])
                 rows.append(measure(name, model, batch, cfg, folder))
                 save(rows, ceiling, cfg, plot)              # what is measured is kept, whatever the next row does
                 tqdm.write(f"{name} {model} batch {batch}: {rows[-1].median:.0f} images/s, {rows[-1].memory_gib} GiB", file=sys.stderr)

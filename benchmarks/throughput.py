@@ -182,15 +182,19 @@ def matmul_ceiling(size: int = 8192) -> float:
     return 2 * size**3 / statistics.median(times[3:]) / 1e12
 
 
+def settings(cfg: Any, on_gpu: bool) -> dict[str, Any]:
+    """What rows that are compared share. cfg: this module's, or another with its `steps` and `image_size`."""
+    device = torch.cuda.get_device_name() if on_gpu else "cpu"
+    return {"device": device, "torch": torch.__version__, "steps": cfg.steps, "image_size": cfg.image_size}
+
+
 def save(rows: list[Row], ceiling: float | None, cfg: Any, draw: Callable[[list[Row], Path, str], None] = plot) -> None:
-    """Write rows.json, table.md and plot.png. cfg: this module's, or another with its `out`, `steps` and `image_size`."""
-    out = Path(cfg.out)
+    """Write rows.json, table.md and plot.png into cfg.out."""
+    out, shared = Path(cfg.out), settings(cfg, on_gpu=ceiling is not None)
     out.mkdir(parents=True, exist_ok=True)
-    device = "cpu" if ceiling is None else torch.cuda.get_device_name()
-    facts = {"device": device, "torch": torch.__version__, "matmul_tflops": ceiling, "steps": cfg.steps, "image_size": cfg.image_size}
-    (out / "rows.json").write_text(json.dumps({**facts, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
+    (out / "rows.json").write_text(json.dumps({**shared, "matmul_tflops": ceiling, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
     (out / "table.md").write_text(markdown(rows, ceiling))
-    draw(rows, out / "plot.png", device)
+    draw(rows, out / "plot.png", shared["device"])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
