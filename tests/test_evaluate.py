@@ -12,7 +12,7 @@ import train_student_mnist
 import train_teacher_mnist
 from benchmarks import perfect_student, sensitivity
 from models import Classifier, DiT, student_from_teacher
-from utils import distributed, evaluation
+from utils import distributed, evaluation, report
 from utils.checkpoints import read_weights, write_weights
 from utils.data import load_held_out, load_images
 from utils.evaluation import Judge, classifier_judge, fingerprint, reference_features, residual_map, shuffled, summary
@@ -268,3 +268,17 @@ def test_results_are_named_after_their_run(tmp_path):
     assert evaluate.label(run / "best.safetensors") == "student-photos-best"
     assert evaluate.label(run / "checkpoints/step_00000100/ema.safetensors") == "student-photos-step_00000100-ema"
     assert evaluate.label(run / "checkpoints/step_00000100") == "student-photos-step_00000100"
+
+
+@pytest.mark.parametrize("distances", [(0.046, 0.041), (0.22, 0.15), (3.0, 0.05)])
+def test_the_plot_has_its_numbers(distances, tmp_path, monkeypatch):
+    """Both axes are labelled, also where all distances lie within one decade."""
+    plt = report.pyplot()
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    rows = [{"evaluations": n, "frechet_distance": {"mean": mean, "std": 0.001}} for n, mean in zip((1, 4), distances)]
+    report.save_plot(tmp_path / "plot.png", rows, {"frechet_distance": 0.03})
+    axis = plt.gca()
+    inside = [label.get_text() for label in axis.get_yticklabels() if axis.get_ylim()[0] <= label.get_position()[1] <= axis.get_ylim()[1]]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["1", "4"] and len([text for text in inside if text]) >= 2
+    monkeypatch.undo()
+    plt.close(axis.figure)

@@ -51,6 +51,8 @@ def table(rows: list[dict[str, Any]], floor: dict[str, float], protocol: dict[st
 
 def save_plot(path: Path, rows: list[dict[str, Any]], floor: dict[str, float]) -> None:
     """Frechet distance against network evaluations, with the floor."""
+    from matplotlib.ticker import LogLocator, NullLocator  # slow to import
+
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     means = [row["frechet_distance"]["mean"] for row in rows]
@@ -59,7 +61,10 @@ def save_plot(path: Path, rows: list[dict[str, Any]], floor: dict[str, float]) -
     axis.axhline(floor["frechet_distance"], color="gray", linestyle="--", label="real held-out images")
     axis.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel="Frechet distance")
     axis.set_xticks([row["evaluations"] for row in rows], [str(row["evaluations"]) for row in rows], minor=False)
-    axis.minorticks_off()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7)))     # distances often lie within one decade
+    axis.yaxis.set_major_formatter("{x:g}")
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_minor_locator(NullLocator())
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(path, dpi=110)
