@@ -133,18 +133,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = Path(temporary)
         throughput.write_images(folder / "images", cfg.image_size)
         ceiling = throughput.matmul_ceiling() if on_gpu else None
-        for model, batch in points(cfg.sweeps):
-            missing = [name for name in cfg.rows if not any((row.name, row.model, row.batch_size) == (name, model, batch) for row in rows)]
-            for name in missing:
-                if cfg.minutes is not None and time.monotonic() - start > 60 * cfg.minutes:
-                    tqdm.write(f"{name} {model} batch {batch}: not measured, {cfg.minutes:g} minutes are over", file=sys.stderr)
-                    continue
-                first = first_teacher(model)                # a student needs some teacher of its size
-                if name.startswith("student") and not (folder / "results" / first).exists():
-                    run_here([*command("teacher", model, 16, 1, 1, cfg, folder, first), "--compile", "False"])
-                rows.append(measure(name, model, batch, cfg, folder))
-                save(rows, ceiling, cfg, plot)              # what is measured is kept, whatever the next row does
-                tqdm.write(f"{name} {model} batch {batch}: {rows[-1].median:.0f} images/s, {rows[-1].memory_gib} GiB", file=sys.stderr)
+        there = {(row.name, row.model, row.batch_size) for row in rows}
+        missing = [(name, *point) for point in points(cfg.sweeps) for name in cfg.rows if (name, *point) not in there]
+        for name, model, batch in missing:
+            if cfg.minutes is not None and time.monotonic() - start > 60 * cfg.minutes:
+                tqdm.write(f"{name} {model} batch {batch}: not measured, {cfg.minutes:g} minutes are over", file=sys.stderr)
+                continue
+            first = first_teacher(model)                    # a student needs some teacher of its size
+            if name.startswith("student") and not (folder / "results" / first).exists():
+                run_here([*command("teacher", model, 16, 1, 1, cfg, folder, first), "--compile", "False"])
+            rows.append(measure(name, model, batch, cfg, folder))
+            save(rows, ceiling, cfg, plot)                  # what is measured is kept, whatever the next row does
+            tqdm.write(f"{name} {model} batch {batch}: {rows[-1].median:.0f} images/s, {rows[-1].memory_gib} GiB", file=sys.stderr)
     print(throughput.markdown(rows, ceiling))
 
 

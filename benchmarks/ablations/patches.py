@@ -255,10 +255,9 @@ def shared_states() -> None:
                              "half of them and midpoint and self are needed")
         z, y, r, t, share = z_t[n:], y[n:], r[n:], t[n:], share[n:]
         with torch.no_grad():
-            v_t, s = v(z, t, y), losses.split_time(r, t, share)
-            middle = (s + t) / 2
-            u_st = v(step(z, middle, t, v_t), middle, y)
-            target = torch.lerp(u_target(step(z, s, t, u_st), r, s, y), u_st, pad_like(share, z))
+            v_t = v(z, t, y)
+        first = losses.one_step(lambda state, *rest: v_t if state is z else v(state, *rest), first_leg)
+        target = losses.splitting_target(first, u_target, z, r, t, share, y)
         error = squared_error(u(z.repeat(2, 1, 1, 1), torch.cat([t, r]), t.repeat(2), y.repeat(2)), torch.cat([v_t, target]))
         return StudentLoss(error[:n], error[n:] / share.square())
 
