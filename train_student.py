@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 from timm.utils import ModelEmaV3
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from models import Classifier, build_network, student_from_teacher
@@ -31,6 +32,7 @@ from utils.losses import Leg, adaptive_weight, student_loss
 from utils.meter import Meter
 from utils.optim import Optimizer
 from utils.pictures import sample_labels
+from utils.replay import Replay
 from utils.run_log import Run
 from utils.sampling import sample_average_velocity
 from utils.schedules import learning_rate_factor
@@ -137,6 +139,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     u_target = target_ema.module if target_ema else student
     v = guided_velocity(teacher.velocity, teacher.null_class, cfg.guidance_scale, cfg.guidance_interval)
 
+    def gradients(z_t: Tensor, r: Tensor, t: Tensor, share: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses of this rank's rows; leaves their gradients in the student."""
+        with ranks.autocast():
+            parts = student_loss(student, u_target, v, z_t, r, t, share, y, num_boundary // ranks.world_size, cfg.first_leg, cfg.last_leg)
+            loss = adaptive_weight(torch.cat(parts), cfg.adaptive_power).mean()
+        loss.backward()
+        return loss, parts.boundary.mean(), parts.splitting.mean()
+
+    if cfg.cuda_graph and device.type == "cuda" and not cfg.shard:
+        gradients = Replay(gradients, student)
+
     # Samples are always drawn from the same noise, so that progress can be watched.
     sample_y = sample_labels(len(images.classes)).to(device)
     sample_z = torch.randn(len(sample_y), *images.shape, generator=generator(device, cfg.seed, "samples"), device=device)
@@ -154,16 +167,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             share = draw_lam(cfg.global_batch_size, cfg.lam_law, (step - 1) / cfg.steps, draw)
             r, t, share = (ranks.rows(times) for times in (torch.cat([t_boundary, r]), torch.cat([t_boundary, t]), share))
 
-            with ranks.autocast():
-                parts = student_loss(student, u_target, v, interpolate(x, eps, t), r, t, share, y,
-                                     num_boundary // ranks.world_size, cfg.first_leg, cfg.last_leg)
-                loss = adaptive_weight(torch.cat(parts), cfg.adaptive_power).mean()
-            loss.backward()
+            loss, boundary, splitting = gradients(interpolate(x, eps, t), r, t, share, y)
             ranks.average_gradients(student)
             grad_norm = whole(clip_grad_norm_(student.parameters(), cfg.max_grad_norm))
             lr_factor = learning_rate_factor(step, cfg.steps, cfg.warmup_steps, cfg.decay_share)
-            optimizer.step(lr_factor, skip=meter.record(step, loss=loss, boundary=parts.boundary.mean(),
-                                                        splitting=parts.splitting.mean(), grad_norm=grad_norm))
+            optimizer.step(lr_factor, skip=meter.record(step, loss=loss, boundary=boundary, splitting=splitting, grad_norm=grad_norm))
             optimizer.zero_grad()
             ema.update(student, step)
             if target_ema:

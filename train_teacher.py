@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 from timm.utils import ModelEmaV3
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from models import PRESETS, Classifier, DiT
@@ -31,6 +32,7 @@ from utils.losses import flow_matching_loss
 from utils.meter import Meter
 from utils.optim import Optimizer
 from utils.pictures import sample_labels
+from utils.replay import Replay
 from utils.run_log import Run
 from utils.sampling import sample_velocity
 from utils.schedules import learning_rate_factor
@@ -107,6 +109,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if cfg.compile and device.type == "cuda":
         network.compile_blocks()
 
+    def gradients(x: Tensor, eps: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor]:
+        """Loss of this rank's rows; leaves its gradients in the network."""
+        with ranks.autocast():
+            loss = flow_matching_loss(network.velocity, x, eps, t, y).mean()
+        loss.backward()
+        return (loss,)
+
+    if cfg.cuda_graph and device.type == "cuda" and not cfg.shard:
+        gradients = Replay(gradients, network)
+
     # Samples are always drawn from the same noise, so that progress can be watched.
     sample_y = sample_labels(len(images.classes)).to(device)
     sample_z = torch.randn(len(sample_y), *images.shape, generator=generator(device, cfg.seed, "samples"), device=device)
@@ -122,9 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             coin = ranks.rows(torch.rand(cfg.global_batch_size, generator=draw, device=device))
             y = drop_labels(y, network.null_class, cfg.label_dropout, coin)
 
-            with ranks.autocast():
-                loss = flow_matching_loss(network.velocity, x, eps, t, y).mean()
-            loss.backward()
+            (loss,) = gradients(x, eps, t, y)
             ranks.average_gradients(network)
             grad_norm = whole(clip_grad_norm_(network.parameters(), cfg.max_grad_norm))
             lr_factor = learning_rate_factor(step, cfg.steps, cfg.warmup_steps, cfg.decay_share)

@@ -34,7 +34,7 @@ SCRIPTS = {"train_teacher.py": train_teacher, "train_student.py": train_student}
 SWEEPS = {
     "batch": [("DiT-S/2", batch) for batch in (64, 128, 256, 512, 1024, 2048)],
     "patches": [(f"DiT-S/{patch}", 512) for patch in (8, 4, 2)],
-    "size": [(f"DiT-{size}/2", 256) for size in ("Ti", "S", "B", "L")],
+    "size": [(f"DiT-{size}/2", 256) for size in ("Ti", "S", "B", "L", "XL")],
 }
 
 

@@ -169,8 +169,9 @@ def test_json_round_trip(script, data):
 
 
 def test_differences_pass_over_free_fields():
-    changed = dict(max_minutes=1.0, device="cpu", compile=False, shard=True, results_dir="r", name="n", log_every=1, sample_every=1,
-                   save_every=1, keep=1, num_workers=1, comet="off", data_root="d", eval_every=5, classifier="c", autoencoder="a")
+    changed = dict(max_minutes=1.0, device="cpu", compile=False, cuda_graph=False, shard=True, results_dir="r", name="n", log_every=1,
+                   sample_every=1, save_every=1, keep=1, num_workers=1, comet="off", data_root="d", eval_every=5, classifier="c",
+                   autoencoder="a")
     assert set(changed) == FREE_FIELDS
     assert differences(to_dict(STUDENT()), to_dict(STUDENT(**changed))) == []
 

@@ -11,9 +11,10 @@ import train_student_mnist
 import train_teacher_mnist
 from benchmarks.ablations import patches
 from models import DiT
-from utils.losses import anchored_splitting_loss
+from utils import losses as losses_module
+from utils.losses import anchored_splitting_loss, squared_error
 
-OF_STUDENTS = {"mixed-leg", "pin-data-end", "warm-start"}
+OF_STUDENTS = {"mixed-leg", "own-leg-in-two", "pin-data-end", "warm-start"}
 TESTED_BELOW = {"heads-of-128", "compile-whole", "two-steps", "shared-states"}
 
 
@@ -122,6 +123,24 @@ def test_two_midpoint_steps_are_a_finer_leg(legs, undo):
     patches.PATCHES["two-steps"]()
     two = anchored_splitting_loss(*args).mean()
     assert one / two > 12
+
+
+def test_an_own_leg_in_two_steps(undo):
+    """No matter where the student is right; where its error grows with the interval, the target lies nearer to the truth."""
+    z_t, r, t, _, y = batch(256)
+    share = torch.full_like(t, 0.3)
+
+    def errors(u) -> torch.Tensor:
+        target = losses_module.splitting_target(*losses_module.legs(u, ORACLE.v, "midpoint", "self"), z_t, r, t, share, y)
+        return squared_error(target, ORACLE.u(z_t, r, t, y)).mean()
+
+    def euler(z, r, t, y):
+        return ORACLE.v(z, t, y)
+
+    right, wrong = errors(ORACLE.u), errors(euler)
+    patches.PATCHES["own-leg-in-two"]()
+    torch.testing.assert_close(errors(ORACLE.u), right)
+    assert errors(euler) < wrong / 2
 
 
 def test_data_ends_pinned(undo):

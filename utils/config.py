@@ -31,6 +31,7 @@ class RunConfig:
     seed: int = 0                               # of everything random
     device: str = "auto"                        # auto, cuda, cpu
     compile: bool = True                        # torch.compile the networks' blocks (on CUDA only)
+    cuda_graph: bool = True                     # record the kernels of loss and gradients once and replay them (CUDA, not with --shard)
     shard: bool = False                         # split weights and optimizer state among the processes (FSDP2), for large models
     results_dir: str = "results"                # run folders are made in here
     name: str | None = None                     # run folder; None: stage and data set, such as teacher-mnist
@@ -56,8 +57,8 @@ class RunConfig:
 
 
 # A run may be continued with other values of these: they do not change what it computes.
-FREE_FIELDS = {"max_minutes", "device", "compile", "shard", "results_dir", "name", "log_every", "sample_every", "save_every", "keep",
-               "eval_every", "classifier", "num_workers", "comet", "data_root", "autoencoder"}
+FREE_FIELDS = {"max_minutes", "device", "compile", "cuda_graph", "shard", "results_dir", "name", "log_every", "sample_every", "save_every",
+               "keep", "eval_every", "classifier", "num_workers", "comet", "data_root", "autoencoder"}
 
 ConfigT = TypeVar("ConfigT")
 

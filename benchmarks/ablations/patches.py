@@ -207,30 +207,45 @@ def augmentation(rate: float, most_shift: float = 0.125) -> None:
     change(TEACHERS, "flow_matching_loss", augmented)
 
 
+def ask_at_each_update() -> None:
+    """No recorded graph: Python then decides something anew in each update."""
+    change(STUDENTS, "Replay", lambda function, network: function)
+
+
 def mixed_leg() -> None:
     """A leg is the teacher's in every other update, both are the student's own in the rest."""
+    ask_at_each_update()
     turn = itertools.cycle([False, True])
     change(STUDENTS, "student_loss", lambda *args: student_loss(*args[:-2], *(("self", "self") if next(turn) else args[-2:])))
+
+
+def in_steps(average: AverageVelocity, count: int) -> AverageVelocity:
+    """The average velocity of `count` equal steps in a row."""
+    def several(z_t: Tensor, r: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        times = [torch.lerp(t, r, i / count) for i in range(count + 1)]
+        velocities = []
+        for start, end in zip(times, times[1:]):
+            velocities.append(average(z_t, end, start, y))
+            z_t = step(z_t, end, start, velocities[-1])
+        return torch.stack(velocities).mean(0)
+
+    return several
 
 
 def several_steps(count: int) -> None:
     """The teacher's leg is several steps of its flow in a row, which lets its share be larger: fewer hops to a long interval."""
     one_step = losses.one_step
+    change([losses], "one_step", lambda v, leg: in_steps(one_step(v, leg), count))
 
-    def steps(v: Velocity, leg: Leg) -> AverageVelocity:
-        average = one_step(v, leg)
 
-        def several(z_t: Tensor, r: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            times = [torch.lerp(t, r, i / count) for i in range(count + 1)]
-            velocities = []
-            for start, end in zip(times, times[1:]):
-                velocities.append(average(z_t, end, start, y))
-                z_t = step(z_t, end, start, velocities[-1])
-            return torch.stack(velocities).mean(0)
+def own_leg_in_steps(count: int) -> None:
+    """The student makes its leg of a target in several steps, which know the way better than one does."""
+    legs = losses.legs
 
-        return several
+    def longer(u: AverageVelocity, v: Velocity, *kinds: Leg) -> tuple[AverageVelocity, ...]:
+        return tuple(in_steps(leg, count) if kind == "self" else leg for leg, kind in zip(legs(u, v, *kinds), kinds))
 
-    change([losses], "one_step", steps)
+    change([losses], "legs", longer)
 
 
 def pin_data_end() -> None:
@@ -266,6 +281,7 @@ def shared_states() -> None:
 
 def warm_start(updates: int, substeps: int = 4) -> None:
     """At first the target is the mean velocity of the teacher's own trajectory from t to r, solved in `substeps` Euler steps."""
+    ask_at_each_update()
     count = itertools.count()
 
     def loss(u: AverageVelocity, u_target: AverageVelocity, v: Velocity, z_t: Tensor, r: Tensor, t: Tensor, share: Tensor,
@@ -300,6 +316,7 @@ PATCHES: dict[str, Callable[[], None]] = {
     "augmentation": lambda: augmentation(0.12),
     "mixed-leg": mixed_leg,
     "two-steps": lambda: several_steps(2),
+    "own-leg-in-two": lambda: own_leg_in_steps(2),
     "pin-data-end": pin_data_end,
     "shared-states": shared_states,
     "warm-start": lambda: warm_start(100),

@@ -53,6 +53,7 @@ VARIANTS = [
             cost="midpoint-0.3"),
     student("last-euler", "--first-leg;self;--last-leg;euler;--lam-law;anneal(0.3, 0.05, 0.8)", "the last one, to first order",
             cost="euler"),
+    student("own-leg-in-two", "", "the student makes its own leg in two steps", patch="own-leg-in-two", cost="own"),
     student("midpoint-uniform", "--first-leg;midpoint;--lam-law;uniform", "lam uniform", cost="midpoint-0.3"),
     student("boundary-0.25", "--boundary-share;0.25", "less boundary", cost="own"),
     student("boundary-0.75", "--boundary-share;0.75", "more boundary", cost="own"),

@@ -1,0 +1,103 @@
+"""A replayed update is the update: on a CPU with a graph of recorded operations in place of CUDA's, on CUDA with the scripts."""
+
+import contextlib
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+import train_student_mnist
+import train_teacher_mnist
+from models import DiT, student_from_teacher
+from utils.guidance import guided_velocity
+from utils.losses import student_loss
+from utils.replay import EAGER_CALLS, Replay
+
+
+class Tape(TorchDispatchMode):
+    """Records operations as a CUDA graph does, from fixed memory to fixed memory; what Python decides is not asked again."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        self.operations.append((operation, args, kwargs or {}, result))
+        return result
+
+    @torch.no_grad()
+    def replay(self):
+        for operation, args, kwargs, result in self.operations:
+            for kept, new in zip(tree_flatten(result)[0], tree_flatten(operation(*args, **kwargs))[0]):
+                if isinstance(kept, torch.Tensor) and kept.data_ptr() != new.data_ptr():
+                    kept.copy_(new)
+
+
+class FakeStream:
+    def wait_stream(self, other):
+        pass
+
+
+@pytest.fixture
+def tapes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
+    monkeypatch.setattr(torch.cuda, "graph", lambda tape, **options: tape)
+
+
+def test_replayed_gradients_are_the_gradients(tapes):
+    """Other inputs and other weights at every call; gradients clipped in place and dropped in between, as the loops do."""
+    torch.manual_seed(0)
+    teacher = DiT("DiT-Nano/4", 8, 1, 3)
+    with torch.no_grad():
+        for p in teacher.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    student = student_from_teacher(teacher)
+    v = guided_velocity(teacher.velocity, teacher.null_class, 2.0, (0.2, 0.8))
+
+    def gradients(z, r, t, share, y):
+        parts = student_loss(student, student, v, z, r, t, share, y, 4, "midpoint", "self")
+        loss = torch.cat(parts).mean()
+        loss.backward()
+        return loss, parts.splitting.mean()
+
+    replay, seen = Replay(gradients, student), []
+    for call in range(EAGER_CALLS + 3):
+        r, t = torch.rand(2, 8).sort(dim=0).values
+        inputs = torch.randn(8, 1, 8, 8), r, t, torch.full((8,), 0.3), torch.randint(0, 3, (8,))
+        expected = gradients(*inputs)
+        wanted = [p.grad for p in student.parameters()]
+        student.zero_grad(set_to_none=True)
+        found = replay(*inputs)
+        torch.testing.assert_close(found, tuple(value.detach() for value in expected), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close([p.grad for p in student.parameters()], wanted, rtol=1e-4, atol=1e-6)
+        seen.append(found[0])
+        nn.utils.clip_grad_norm_(student.parameters(), 1e-3)
+        with torch.no_grad():
+            for p in student.parameters():
+                p.sub_(p.grad)
+        student.zero_grad(set_to_none=True)
+    assert replay.graph is not None and len({value.item() for value in seen}) == len(seen)       # a later replay leaves earlier results alone
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_replayed_runs_learn_as_others_do(tmp_path):
+    """Losses of a teacher and a student, with the graph and without: the same kernels on the same numbers."""
+    rows = {}
+    for graph in ("True", "False"):
+        common = ["--data", "digits", "--steps", "20", "--log-every", "1", "--comet", "off", "--results-dir", str(tmp_path),
+                  "--cuda-graph", graph, "--compile", "False"]
+        train_teacher_mnist.main([*common, "--name", f"teacher-{graph}"])
+        train_student_mnist.main([*common, "--name", f"student-{graph}", "--teacher", str(tmp_path / f"teacher-{graph}")])
+        for stage in ("teacher", "student"):
+            lines = (tmp_path / f"{stage}-{graph}" / "metrics.jsonl").read_text().splitlines()
+            rows[stage, graph] = torch.tensor([[json.loads(line)[key] for key in ("loss", "grad_norm")] for line in lines])
+    for stage in ("teacher", "student"):
+        assert len(rows[stage, "True"]) == 20
+        torch.testing.assert_close(rows[stage, "True"], rows[stage, "False"], rtol=1e-3, atol=0)
