@@ -101,6 +101,8 @@ def rows_so_far(cfg: Config, on_gpu: bool) -> list[Row]:
 
 def plot(rows: list[Row], path: Path, device: str) -> None:
     """A panel for each curve, images/s above and memory below."""
+    from matplotlib.ticker import LogLocator, NullLocator  # slow to import
+
     plt = pyplot()
     figure, axes = plt.subplots(2, len(SWEEPS), figsize=(4 * len(SWEEPS), 6), layout="constrained", sharex="col", squeeze=False)
     for column, (sweep, members) in zip(axes.T, SWEEPS.items()):
@@ -112,6 +114,7 @@ def plot(rows: list[Row], path: Path, device: str) -> None:
             column[0].plot([i for i, _ in shown], [row.median for _, row in shown], marker="o", label=name)
             column[1].plot([i for i, _ in shown], [row.memory_gib or 0.0 for _, row in shown], marker="o", label=name)
         column[0].set(yscale="log", title=f"{sweep}, {fixed}")
+        column[0].yaxis.set(major_locator=LogLocator(subs=(1, 2, 3, 5, 7)), minor_locator=NullLocator(), major_formatter="{x:,.0f}")
         column[1].set_ylim(bottom=0)
         column[1].set_xticks(range(len(members)), [labels[point] for point in members])
         for axis in column:

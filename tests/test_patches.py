@@ -1,6 +1,7 @@
 """The variants that no flag makes: each trains, changes what it says, and nothing else."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -9,12 +10,12 @@ from runs import COMMON, TEACHER
 
 import train_student_mnist
 import train_teacher_mnist
-from benchmarks.ablations import patches
+from benchmarks.ablations import changes, network_patches, patches, student_patches
 from models import DiT
 from utils import losses as losses_module
 from utils.losses import anchored_splitting_loss, squared_error
 
-OF_STUDENTS = {"mixed-leg", "own-leg-in-two", "pin-data-end", "warm-start"}
+OF_STUDENTS = {"mixed-leg", "own-leg-in-two", "pin-chain", "pin-data-end", "warm-start"}
 TESTED_BELOW = {"heads-of-128", "compile-whole", "two-steps", "shared-states"}
 
 
@@ -25,7 +26,8 @@ def undo(monkeypatch):
         for module in modules:
             monkeypatch.setattr(module, name, new)
 
-    monkeypatch.setattr(patches, "change", change)
+    for module in (patches, network_patches, student_patches):
+        monkeypatch.setattr(module, "change", change)
 
 
 def losses(folder) -> list[float]:
@@ -91,12 +93,12 @@ def test_long_skips_start_as_the_plain_network(undo):
 def test_nearest_noise_is_nearer_and_still_noise():
     torch.manual_seed(0)
     x, eps = torch.rand(4000, 1, 2, 2) * 2 - 1, torch.randn(4000, 1, 2, 2)
-    near = patches.nearest(x, eps, 4)
+    near = network_patches.nearest(x, eps, 4)
     distances = [(e - x).flatten(1).norm(dim=1).mean() for e in (near, eps)]
     assert distances[0] < 0.8 * distances[1]
     kept = (near == eps).flatten(1).all(1).float().mean()
     assert 0.2 < kept < 0.3                                                     # its own noise is the nearest of four by chance
-    assert torch.equal(patches.nearest(x, eps, 1), eps)
+    assert torch.equal(network_patches.nearest(x, eps, 1), eps)
 
 
 def test_warm_start_asks_for_the_trajectory(undo, monkeypatch):
@@ -104,14 +106,14 @@ def test_warm_start_asks_for_the_trajectory(undo, monkeypatch):
     z_t, r, t, lam, y = batch(64)
     errors = []
     for substeps in (4, 32):
-        patches.warm_start(updates=1, substeps=substeps)
+        student_patches.warm_start(updates=1, substeps=substeps)
         loss = train_student_mnist.student_loss
         parts = loss(ORACLE.u, ORACLE.u, ORACLE.v, z_t, r, t, lam, y, 16, "euler", "self")
         assert parts.boundary.max() < 1e-20
         errors.append(parts.splitting.mean())
     assert errors[1] < errors[0] / 30                                           # first order: the square of 1 / 8
     args = ORACLE.u, ORACLE.u, ORACLE.v, z_t, r, t, lam, y, 16, "euler", "self"
-    assert torch.equal(loss(*args).splitting, patches.student_loss(*args).splitting)
+    assert torch.equal(loss(*args).splitting, student_patches.student_loss(*args).splitting)
 
 
 @pytest.mark.parametrize("legs", [("midpoint", "self"), ("self", "midpoint")])
@@ -154,15 +156,30 @@ def test_data_ends_pinned(undo):
         assert place.min() >= 0 and place.max() <= 1
         assert place.mean().item() == pytest.approx(1 / 2, abs=0.01) and place.var().item() == pytest.approx(1 / 12, rel=0.03)
     r, t = train_student_mnist.draw_intervals(40_000, *laws, 0.3, (1, 2), torch.Generator().manual_seed(1))
-    plain_r, plain_t = patches.draw_intervals(40_000, *laws, 0.3, (1, 2), torch.Generator().manual_seed(1))
+    plain_r, plain_t = student_patches.draw_intervals(40_000, *laws, 0.3, (1, 2), torch.Generator().manual_seed(1))
     assert torch.equal(r, plain_r) and (t == plain_t).float().mean().item() == pytest.approx(0.7, abs=0.01)
+
+
+def test_chains_pinned(undo):
+    """Half of the pinned rows stay, a quarter is one hop shorter, and so on; each keeps its r."""
+    laws = "logit-normal(-0.6, 1.6)", "logit-normal(-4, 1.6)"
+    patches.PATCHES["pin-chain"]()
+    r, t = train_student_mnist.draw_intervals(40_000, *laws, 1, (1, 2), torch.Generator().manual_seed(0))
+    plain_r, plain_t = student_patches.draw_intervals(40_000, *laws, 1, (1, 2), torch.Generator().manual_seed(0))
+    assert torch.equal(r, plain_r)
+    hops = ((t - r) / (plain_t - r)).log() / math.log(0.7)
+    torch.testing.assert_close(hops, hops.round(), rtol=0, atol=1e-3)
+    for count in range(4):
+        assert (hops.round() == count).float().mean().item() == pytest.approx(2.0 ** -(count + 1), abs=0.01)
+    r, t = train_student_mnist.draw_intervals(40_000, *laws, 0, (1, 2), torch.Generator().manual_seed(0))
+    assert torch.equal(torch.stack([r, t]), torch.stack(student_patches.draw_intervals(40_000, *laws, 0, (1, 2), torch.Generator().manual_seed(0))))
 
 
 def test_shared_states_are_the_same_losses_at_the_same_states(undo):
     patches.PATCHES["shared-states"]()
     z_t, r, t, lam, y = (torch.cat([x, x]) for x in batch(32))
     args = lambda z, r, t, y: ORACLE.v(z, t, y), ORACLE.u, ORACLE.v, z_t, r, t, lam, y, 32, "midpoint", "self"   # a student that is wrong
-    found, expected = train_student_mnist.student_loss(*args), patches.student_loss(*args)
+    found, expected = train_student_mnist.student_loss(*args), student_patches.student_loss(*args)
     assert expected.boundary.max() < 1e-20 and expected.splitting.mean() > 1e-3
     for mine, theirs in zip(found, expected):
         torch.testing.assert_close(mine, theirs)
@@ -172,6 +189,6 @@ def test_shared_states_are_the_same_losses_at_the_same_states(undo):
 
 def test_a_patch_that_no_longer_fits_says_so():
     with pytest.raises(AttributeError, match="has no gone any more"):
-        patches.change([train_teacher_mnist], "gone", None)
+        changes.change([train_teacher_mnist], "gone", None)
     with pytest.raises(ValueError, match="unknown patch 'nonsense'; known are silu"):
         patches.main(["nonsense", "train_teacher.py"])

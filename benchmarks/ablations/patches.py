@@ -7,319 +7,33 @@ process with the same change.
 """
 
 import importlib
-import itertools
-import math
 import sys
 from collections.abc import Callable, Sequence
-from functools import wraps
-from typing import Any
 
-import torch
-from torch import Tensor, nn
 from torch.nn import functional as F
 
-import train_student
-import train_student_mnist
-import train_teacher
-import train_teacher_mnist
+from benchmarks.ablations import network_patches, student_patches
+from benchmarks.ablations.changes import change
 from models import dit
-from utils import losses
-from utils.flow import pad_like, step
-from utils.guidance import Velocity
-from utils.losses import AverageVelocity, Leg, StudentLoss, squared_error, student_loss
-from utils.times import draw_intervals, sampling_intervals
-
-TEACHERS, STUDENTS = (train_teacher, train_teacher_mnist), (train_student, train_student_mnist)
-
-
-def change(modules: Sequence[Any], name: str, new: Any) -> None:
-    """Replace a name in each module or class that has it."""
-    for module in modules:
-        if not hasattr(module, name):
-            raise AttributeError(f"{module.__name__} has no {name} any more; the patch must follow it")
-        setattr(module, name, new)
-
-
-def activation(function: Callable[[Tensor], Tensor]) -> None:
-    """Another activation in place of the squared ReLU."""
-    change([dit.MLP], "forward", lambda self, x: self.out(function(self.hidden(x))))
-
-
-def dropout(rate: float) -> None:
-    """Dropout of the MLP's hidden values while training; the EMA, which is sampled, has none."""
-    def forward(self: dit.MLP, x: Tensor) -> Tensor:
-        return self.out(F.dropout(dit.squared_relu(self.hidden(x)), rate, self.training))
-
-    change([dit.MLP], "forward", forward)
-
-
-def shifted(x: Tensor) -> Tensor:
-    """An eighth of the channels moved by one patch up, one down, left and right; zeros come in. x: (B, T, D), T a square."""
-    side, part = math.isqrt(x.shape[1]), x.shape[2] // 8
-    up, down, left, right, rest = x.unflatten(1, (side, side)).split([part] * 4 + [x.shape[2] - 4 * part], dim=-1)
-    moved = [F.pad(up[:, 1:], (0, 0, 0, 0, 0, 1)), F.pad(down[:, :-1], (0, 0, 0, 0, 1, 0)),
-             F.pad(left[:, :, 1:], (0, 0, 0, 1)), F.pad(right[:, :, :-1], (0, 0, 1, 0))]
-    return torch.cat([*moved, rest], dim=-1).flatten(1, 2)
-
-
-def shift() -> None:
-    """Each MLP sees some channels of the four patches around it (S2-MLP, arXiv 2106.07477)."""
-    forward = dit.MLP.forward
-    change([dit.MLP], "forward", lambda self, x: forward(self, shifted(x)))
-
-
-def head_size(size: int) -> None:
-    """Fewer, larger attention heads, where the width allows."""
-    change([dit], "PRESETS", {
-        name: (dit.Preset(preset.depth, preset.width, preset.width // size) if preset.width % size == 0 else preset, patch_size)
-        for name, (preset, patch_size) in dit.PRESETS.items()})
-
-
-class ParallelBlock(nn.Module):
-    """Attention and MLP side by side, behind one norm: two large products where there were four (ViT-22B, arXiv 2302.05442)."""
-
-    def __init__(self, width: int, num_heads: int, modulation_rank: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.attention = nn.ModuleDict({"into": nn.Linear(width, 7 * width, bias=False), "out": nn.Linear(5 * width, width, bias=False)})
-        self.modulation = dit.Modulation(width, 3, modulation_rank)
-
-    def forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        shift, scale, gate = self.modulation(c)
-        width = x.shape[-1]
-        q, k, v, hidden = self.attention["into"](dit.modulate(dit.rms_norm(x), shift, scale)).split([width] * 3 + [4 * width], dim=-1)
-        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in (q, k, v))
-        q, k = dit.rotate(dit.rms_norm(q), cos, sin), dit.rotate(dit.rms_norm(k), cos, sin)
-        seen = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v))).transpose(1, 2).flatten(2)
-        return x + gate[:, None] * self.attention["out"](torch.cat([seen, dit.squared_relu(hidden)], dim=-1))
-
-
-def compile_blocks() -> None:
-    """Each block is a graph of its own."""
-    compile_several = dit.DiT.compile_blocks
-    change([dit.DiT], "compile_blocks", lambda self: compile_several(self, at_once=1))
-
-
-class Keep(nn.Module):
-    """A block of the first half, whose output a block of the second half will see."""
-
-    def __init__(self, block: nn.Module, kept: list[Tensor]):
-        super().__init__()
-        self.block, self.kept = block, kept
-
-    def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
-        x = self.block(x, *rest)
-        self.kept.append(x)
-        return x
-
-    def compile(self, **options: Any) -> None:
-        self.block.compile(**options)
-
-
-class Join(nn.Module):
-    """A block of the second half, and the linear layer that brings the kept output in. It starts by ignoring it."""
-
-    def __init__(self, block: nn.Module, width: int, kept: list[Tensor]):
-        super().__init__()
-        self.block, self.kept = block, kept
-        self.join = nn.Linear(2 * width, width)
-        with torch.no_grad():
-            self.join.weight.copy_(torch.cat([torch.eye(width), torch.zeros(width, width)], dim=1))
-            self.join.bias.zero_()
-
-    def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
-        return self.block(self.join(torch.cat([x, self.kept.pop()], dim=-1)), *rest)
-
-    def compile(self, **options: Any) -> None:
-        self.block.compile(**options)
-
-
-def long_skips() -> None:
-    """The last block sees the first one's output, the one before it the second's, and so on (U-ViT, arXiv 2209.12152)."""
-    make = dit.DiT.__init__
-
-    @wraps(make)
-    def with_skips(self: dit.DiT, *args: Any, **kwargs: Any) -> None:
-        make(self, *args, **kwargs)
-        kept: list[Tensor] = []
-        half, width = len(self.blocks) // 2, self.position.shape[-1]
-        self.blocks = nn.ModuleList([Keep(block, kept) if i < half else Join(block, width, kept)
-                                     for i, block in enumerate(self.blocks)][: 2 * half])
-
-    change([dit.DiT], "__init__", with_skips)
-    compile_blocks()                                        # what Keep keeps would be lost inside a graph of several
-
-
-def nearest(x: Tensor, eps: Tensor, count: int) -> Tensor:
-    """For each image the nearest of its own noise and count - 1 fresh ones. All (B, C, H, W)."""
-    candidates = torch.stack([eps, *(torch.randn_like(eps) for _ in range(count - 1))])             # (count, B, C, H, W)
-    choice = (candidates - x).flatten(2).norm(dim=2).argmin(dim=0)                                  # (B,)
-    return candidates[choice, torch.arange(len(x), device=x.device)]
-
-
-def nearest_noise(count: int) -> None:
-    """Noise and image are drawn near each other (Immiscible Diffusion, arXiv 2406.12303); for teacher and student alike."""
-    loss, mix = train_teacher.flow_matching_loss, train_student.interpolate
-    change(TEACHERS, "flow_matching_loss", lambda v, x, eps, t, y: loss(v, x, nearest(x, eps, count), t, y))
-    change(STUDENTS, "interpolate", lambda x, eps, t: mix(x, nearest(x, eps, count), t))
-
-
-class LabelAndTransform(nn.Module):
-    """The class embedding, plus what was done to the image: nothing, unless `transform` says so."""
-
-    def __init__(self, label_embed: nn.Embedding):
-        super().__init__()
-        self.label_embed, self.transform = label_embed, None
-        self.embed = nn.Linear(4, label_embed.embedding_dim, bias=False)
-
-    def forward(self, y: Tensor) -> Tensor:
-        c = self.label_embed(y)
-        return c if self.transform is None else c + self.embed(self.transform)
-
-
-def augmentation(rate: float, most_shift: float = 0.125) -> None:
-    """A share of the training images is rotated, a share shifted, and the network is told so that it does not do the same
-    when it samples (Karras et al., arXiv 2206.00364, Sec. 5)."""
-    make, loss = dit.DiT.__init__, train_teacher.flow_matching_loss
-
-    @wraps(make)
-    def told(self: dit.DiT, *args: Any, **kwargs: Any) -> None:
-        make(self, *args, **kwargs)
-        self.label_embed = LabelAndTransform(self.label_embed)
-
-    def augmented(v: Velocity, x: Tensor, eps: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        b = len(x)
-        chosen = (torch.rand(2, b, device=x.device) < rate).float()
-        angle = (2 * torch.rand(b, device=x.device) - 1) * torch.pi * chosen[0]
-        shift = (2 * torch.rand(b, 2, device=x.device) - 1) * 2 * most_shift * chosen[1, :, None]     # the image spans [-1, 1]
-        cos, sin = angle.cos(), angle.sin()
-        matrix = torch.stack([torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1)    # (B, 2, 3)
-        moved = F.grid_sample(x, F.affine_grid(matrix, list(x.shape), align_corners=False), padding_mode="reflection", align_corners=False)
-        x = torch.where(pad_like(chosen.amax(0), x) > 0, moved, x)
-        embed = v.__self__.label_embed
-        embed.transform = torch.cat([1 - cos[:, None], sin[:, None], shift / (2 * most_shift)], dim=1)
-        try:
-            return loss(v, x, eps, t, y)
-        finally:
-            embed.transform = None
-
-    change([dit.DiT], "__init__", told)
-    change(TEACHERS, "flow_matching_loss", augmented)
-
-
-def ask_at_each_update() -> None:
-    """No recorded graph: Python then decides something anew in each update."""
-    change(STUDENTS, "Replay", lambda function, network: function)
-
-
-def mixed_leg() -> None:
-    """A leg is the teacher's in every other update, both are the student's own in the rest."""
-    ask_at_each_update()
-    turn = itertools.cycle([False, True])
-    change(STUDENTS, "student_loss", lambda *args: student_loss(*args[:-2], *(("self", "self") if next(turn) else args[-2:])))
-
-
-def in_steps(average: AverageVelocity, count: int) -> AverageVelocity:
-    """The average velocity of `count` equal steps in a row."""
-    def several(z_t: Tensor, r: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        times = [torch.lerp(t, r, i / count) for i in range(count + 1)]
-        velocities = []
-        for start, end in zip(times, times[1:]):
-            velocities.append(average(z_t, end, start, y))
-            z_t = step(z_t, end, start, velocities[-1])
-        return torch.stack(velocities).mean(0)
-
-    return several
-
-
-def several_steps(count: int) -> None:
-    """The teacher's leg is several steps of its flow in a row, which lets its share be larger: fewer hops to a long interval."""
-    one_step = losses.one_step
-    change([losses], "one_step", lambda v, leg: in_steps(one_step(v, leg), count))
-
-
-def own_leg_in_steps(count: int) -> None:
-    """The student makes its leg of a target in several steps, which know the way better than one does."""
-    legs = losses.legs
-
-    def longer(u: AverageVelocity, v: Velocity, *kinds: Leg) -> tuple[AverageVelocity, ...]:
-        return tuple(in_steps(leg, count) if kind == "self" else leg for leg, kind in zip(legs(u, v, *kinds), kinds))
-
-    change([losses], "legs", longer)
-
-
-def pin_data_end() -> None:
-    """Of the pinned intervals r alone is pinned, t uniform above it: with a first leg of the teacher a chain of targets has one r."""
-    def intervals(num: int, t_law: str, r_law: str, pinned_share: float, pinned_steps: Sequence[int],
-                  generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        r, t = draw_intervals(num, t_law, r_law, pinned_share, pinned_steps, generator)
-        pinned = sum((r == low) & (t == high) for low, high in sampling_intervals(pinned_steps)).bool()
-        anywhere = torch.lerp(r, torch.ones_like(r), torch.rand(num, generator=generator, device=generator.device))
-        return r, torch.where(pinned, anywhere, t)
-
-    change(STUDENTS, "draw_intervals", intervals)
-
-
-def shared_states() -> None:
-    """Boundary and splitting at the same states: one evaluation of the teacher, v(z_t, t), serves both. Half of the images is used."""
-    def loss(u: AverageVelocity, u_target: AverageVelocity, v: Velocity, z_t: Tensor, r: Tensor, t: Tensor, share: Tensor,
-             y: Tensor, num_boundary: int, first_leg: Leg, last_leg: Leg) -> StudentLoss:
-        n = len(y) - num_boundary
-        if n != num_boundary or (first_leg, last_leg) != ("midpoint", "self"):
-            raise ValueError(f"shared states: {num_boundary} of {len(y)} rows are boundary, legs {first_leg} and {last_leg}; "
-                             "half of them and midpoint and self are needed")
-        z, y, r, t, share = z_t[n:], y[n:], r[n:], t[n:], share[n:]
-        with torch.no_grad():
-            v_t = v(z, t, y)
-        first = losses.one_step(lambda state, *rest: v_t if state is z else v(state, *rest), first_leg)
-        target = losses.splitting_target(first, u_target, z, r, t, share, y)
-        error = squared_error(u(z.repeat(2, 1, 1, 1), torch.cat([t, r]), t.repeat(2), y.repeat(2)), torch.cat([v_t, target]))
-        return StudentLoss(error[:n], error[n:] / share.square())
-
-    change(STUDENTS, "student_loss", loss)
-
-
-def warm_start(updates: int, substeps: int = 4) -> None:
-    """At first the target is the mean velocity of the teacher's own trajectory from t to r, solved in `substeps` Euler steps."""
-    ask_at_each_update()
-    count = itertools.count()
-
-    def loss(u: AverageVelocity, u_target: AverageVelocity, v: Velocity, z_t: Tensor, r: Tensor, t: Tensor, share: Tensor,
-             y: Tensor, num_boundary: int, first_leg: Leg, last_leg: Leg) -> StudentLoss:
-        n = num_boundary
-        if next(count) >= updates:
-            return student_loss(u, u_target, v, z_t, r, t, share, y, n, first_leg, last_leg)
-        r = torch.cat([t[:n], r[n:]])
-        with torch.no_grad():
-            z, times = z_t[n:], [torch.lerp(t[n:], r[n:], i / substeps) for i in range(substeps + 1)]
-            velocities = []
-            for start, end in zip(times, times[1:]):
-                velocities.append(v(z, start, y[n:]))
-                z = step(z, end, start, velocities[-1])
-            target = torch.cat([v(z_t[:n], t[:n], y[:n]), torch.stack(velocities).mean(0)])
-        error = squared_error(u(z_t, r, t, y), target)
-        return StudentLoss(error[:n], error[n:])
-
-    change(STUDENTS, "student_loss", loss)
-
 
 PATCHES: dict[str, Callable[[], None]] = {
-    "silu": lambda: activation(F.silu),
-    "gelu": lambda: activation(lambda x: F.gelu(x, approximate="tanh")),
-    "dropout-0.1": lambda: dropout(0.1),
+    "silu": lambda: network_patches.activation(F.silu),
+    "gelu": lambda: network_patches.activation(lambda x: F.gelu(x, approximate="tanh")),
+    "dropout-0.1": lambda: network_patches.dropout(0.1),
     "compile-whole": lambda: change([dit.DiT], "compile_blocks", lambda self: self.compile(dynamic=False)),
-    "shift": shift,
-    "heads-of-128": lambda: head_size(128),
-    "parallel": lambda: change([dit], "Block", ParallelBlock),
-    "long-skips": long_skips,
-    "nearest-of-4": lambda: nearest_noise(4),
-    "augmentation": lambda: augmentation(0.12),
-    "mixed-leg": mixed_leg,
-    "two-steps": lambda: several_steps(2),
-    "own-leg-in-two": lambda: own_leg_in_steps(2),
-    "pin-data-end": pin_data_end,
-    "shared-states": shared_states,
-    "warm-start": lambda: warm_start(100),
+    "shift": network_patches.shift,
+    "heads-of-128": lambda: network_patches.head_size(128),
+    "parallel": lambda: change([dit], "Block", network_patches.ParallelBlock),
+    "long-skips": network_patches.long_skips,
+    "nearest-of-4": lambda: network_patches.nearest_noise(4),
+    "augmentation": lambda: network_patches.augmentation(0.12),
+    "mixed-leg": student_patches.mixed_leg,
+    "two-steps": lambda: student_patches.several_steps(2),
+    "own-leg-in-two": lambda: student_patches.own_leg_in_steps(2),
+    "pin-data-end": student_patches.pin_data_end,
+    "pin-chain": lambda: student_patches.pin_chain(0.3),
+    "shared-states": student_patches.shared_states,
+    "warm-start": lambda: student_patches.warm_start(100),
 }
 
 

@@ -1,0 +1,184 @@
+"""Variants of the network and of a teacher's training that the scripts have no flag for; see `patches`."""
+
+import math
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import train_student
+import train_teacher
+from benchmarks.ablations.changes import STUDENTS, TEACHERS, change
+from models import dit
+from utils.flow import pad_like
+from utils.guidance import Velocity
+
+
+def activation(function: Callable[[Tensor], Tensor]) -> None:
+    """Another activation in place of the squared ReLU."""
+    change([dit.MLP], "forward", lambda self, x: self.out(function(self.hidden(x))))
+
+
+def dropout(rate: float) -> None:
+    """Dropout of the MLP's hidden values while training; the EMA, which is sampled, has none."""
+    def forward(self: dit.MLP, x: Tensor) -> Tensor:
+        return self.out(F.dropout(dit.squared_relu(self.hidden(x)), rate, self.training))
+
+    change([dit.MLP], "forward", forward)
+
+
+def shifted(x: Tensor) -> Tensor:
+    """An eighth of the channels moved by one patch up, one down, left and right; zeros come in. x: (B, T, D), T a square."""
+    side, part = math.isqrt(x.shape[1]), x.shape[2] // 8
+    up, down, left, right, rest = x.unflatten(1, (side, side)).split([part] * 4 + [x.shape[2] - 4 * part], dim=-1)
+    moved = [F.pad(up[:, 1:], (0, 0, 0, 0, 0, 1)), F.pad(down[:, :-1], (0, 0, 0, 0, 1, 0)),
+             F.pad(left[:, :, 1:], (0, 0, 0, 1)), F.pad(right[:, :, :-1], (0, 0, 1, 0))]
+    return torch.cat([*moved, rest], dim=-1).flatten(1, 2)
+
+
+def shift() -> None:
+    """Each MLP sees some channels of the four patches around it (S2-MLP, arXiv 2106.07477)."""
+    forward = dit.MLP.forward
+    change([dit.MLP], "forward", lambda self, x: forward(self, shifted(x)))
+
+
+def head_size(size: int) -> None:
+    """Fewer, larger attention heads, where the width allows."""
+    change([dit], "PRESETS", {
+        name: (dit.Preset(preset.depth, preset.width, preset.width // size) if preset.width % size == 0 else preset, patch_size)
+        for name, (preset, patch_size) in dit.PRESETS.items()})
+
+
+class ParallelBlock(nn.Module):
+    """Attention and MLP side by side, behind one norm: two large products where there were four (ViT-22B, arXiv 2302.05442)."""
+
+    def __init__(self, width: int, num_heads: int, modulation_rank: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.attention = nn.ModuleDict({"into": nn.Linear(width, 7 * width, bias=False), "out": nn.Linear(5 * width, width, bias=False)})
+        self.modulation = dit.Modulation(width, 3, modulation_rank)
+
+    def forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        shift, scale, gate = self.modulation(c)
+        width = x.shape[-1]
+        q, k, v, hidden = self.attention["into"](dit.modulate(dit.rms_norm(x), shift, scale)).split([width] * 3 + [4 * width], dim=-1)
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in (q, k, v))
+        q, k = dit.rotate(dit.rms_norm(q), cos, sin), dit.rotate(dit.rms_norm(k), cos, sin)
+        seen = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in (q, k, v))).transpose(1, 2).flatten(2)
+        return x + gate[:, None] * self.attention["out"](torch.cat([seen, dit.squared_relu(hidden)], dim=-1))
+
+
+def compile_blocks() -> None:
+    """Each block is a graph of its own."""
+    compile_several = dit.DiT.compile_blocks
+    change([dit.DiT], "compile_blocks", lambda self: compile_several(self, at_once=1))
+
+
+class Keep(nn.Module):
+    """A block of the first half, whose output a block of the second half will see."""
+
+    def __init__(self, block: nn.Module, kept: list[Tensor]):
+        super().__init__()
+        self.block, self.kept = block, kept
+
+    def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
+        x = self.block(x, *rest)
+        self.kept.append(x)
+        return x
+
+    def compile(self, **options: Any) -> None:
+        self.block.compile(**options)
+
+
+class Join(nn.Module):
+    """A block of the second half, and the linear layer that brings the kept output in. It starts by ignoring it."""
+
+    def __init__(self, block: nn.Module, width: int, kept: list[Tensor]):
+        super().__init__()
+        self.block, self.kept = block, kept
+        self.join = nn.Linear(2 * width, width)
+        with torch.no_grad():
+            self.join.weight.copy_(torch.cat([torch.eye(width), torch.zeros(width, width)], dim=1))
+            self.join.bias.zero_()
+
+    def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
+        return self.block(self.join(torch.cat([x, self.kept.pop()], dim=-1)), *rest)
+
+    def compile(self, **options: Any) -> None:
+        self.block.compile(**options)
+
+
+def long_skips() -> None:
+    """The last block sees the first one's output, the one before it the second's, and so on (U-ViT, arXiv 2209.12152)."""
+    make = dit.DiT.__init__
+
+    @wraps(make)
+    def with_skips(self: dit.DiT, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        kept: list[Tensor] = []
+        half, width = len(self.blocks) // 2, self.position.shape[-1]
+        self.blocks = nn.ModuleList([Keep(block, kept) if i < half else Join(block, width, kept)
+                                     for i, block in enumerate(self.blocks)][: 2 * half])
+
+    change([dit.DiT], "__init__", with_skips)
+    compile_blocks()                                        # what Keep keeps would be lost inside a graph of several
+
+
+def nearest(x: Tensor, eps: Tensor, count: int) -> Tensor:
+    """For each image the nearest of its own noise and count - 1 fresh ones. All (B, C, H, W)."""
+    candidates = torch.stack([eps, *(torch.randn_like(eps) for _ in range(count - 1))])             # (count, B, C, H, W)
+    choice = (candidates - x).flatten(2).norm(dim=2).argmin(dim=0)                                  # (B,)
+    return candidates[choice, torch.arange(len(x), device=x.device)]
+
+
+def nearest_noise(count: int) -> None:
+    """Noise and image are drawn near each other (Immiscible Diffusion, arXiv 2406.12303); for teacher and student alike."""
+    loss, mix = train_teacher.flow_matching_loss, train_student.interpolate
+    change(TEACHERS, "flow_matching_loss", lambda v, x, eps, t, y: loss(v, x, nearest(x, eps, count), t, y))
+    change(STUDENTS, "interpolate", lambda x, eps, t: mix(x, nearest(x, eps, count), t))
+
+
+class LabelAndTransform(nn.Module):
+    """The class embedding, plus what was done to the image: nothing, unless `transform` says so."""
+
+    def __init__(self, label_embed: nn.Embedding):
+        super().__init__()
+        self.label_embed, self.transform = label_embed, None
+        self.embed = nn.Linear(4, label_embed.embedding_dim, bias=False)
+
+    def forward(self, y: Tensor) -> Tensor:
+        c = self.label_embed(y)
+        return c if self.transform is None else c + self.embed(self.transform)
+
+
+def augmentation(rate: float, most_shift: float = 0.125) -> None:
+    """A share of the training images is rotated, a share shifted, and the network is told so that it does not do the same
+    when it samples (Karras et al., arXiv 2206.00364, Sec. 5)."""
+    make, loss = dit.DiT.__init__, train_teacher.flow_matching_loss
+
+    @wraps(make)
+    def told(self: dit.DiT, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        self.label_embed = LabelAndTransform(self.label_embed)
+
+    def augmented(v: Velocity, x: Tensor, eps: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        b = len(x)
+        chosen = (torch.rand(2, b, device=x.device) < rate).float()
+        angle = (2 * torch.rand(b, device=x.device) - 1) * torch.pi * chosen[0]
+        shift = (2 * torch.rand(b, 2, device=x.device) - 1) * 2 * most_shift * chosen[1, :, None]     # the image spans [-1, 1]
+        cos, sin = angle.cos(), angle.sin()
+        matrix = torch.stack([torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1)    # (B, 2, 3)
+        moved = F.grid_sample(x, F.affine_grid(matrix, list(x.shape), align_corners=False), padding_mode="reflection", align_corners=False)
+        x = torch.where(pad_like(chosen.amax(0), x) > 0, moved, x)
+        embed = v.__self__.label_embed
+        embed.transform = torch.cat([1 - cos[:, None], sin[:, None], shift / (2 * most_shift)], dim=1)
+        try:
+            return loss(v, x, eps, t, y)
+        finally:
+            embed.transform = None
+
+    change([dit.DiT], "__init__", told)
+    change(TEACHERS, "flow_matching_loss", augmented)

@@ -1,0 +1,125 @@
+"""Variants of a student's training that train_student.py has no flag for; see `patches`."""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from benchmarks.ablations.changes import STUDENTS, change
+from utils import losses
+from utils.flow import step
+from utils.guidance import Velocity
+from utils.losses import AverageVelocity, Leg, StudentLoss, squared_error, student_loss
+from utils.times import draw_intervals, sampling_intervals
+
+
+def ask_at_each_update() -> None:
+    """No recorded graph: Python then decides something anew in each update."""
+    change(STUDENTS, "Replay", lambda function, network: function)
+
+
+def mixed_leg() -> None:
+    """A leg is the teacher's in every other update, both are the student's own in the rest."""
+    ask_at_each_update()
+    turn = itertools.cycle([False, True])
+    change(STUDENTS, "student_loss", lambda *args: student_loss(*args[:-2], *(("self", "self") if next(turn) else args[-2:])))
+
+
+def in_steps(average: AverageVelocity, count: int) -> AverageVelocity:
+    """The average velocity of `count` equal steps in a row."""
+    def several(z_t: Tensor, r: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        times = [torch.lerp(t, r, i / count) for i in range(count + 1)]
+        velocities = []
+        for start, end in zip(times, times[1:]):
+            velocities.append(average(z_t, end, start, y))
+            z_t = step(z_t, end, start, velocities[-1])
+        return torch.stack(velocities).mean(0)
+
+    return several
+
+
+def several_steps(count: int) -> None:
+    """The teacher's leg is several steps of its flow in a row, which lets its share be larger: fewer hops to a long interval."""
+    one_step = losses.one_step
+    change([losses], "one_step", lambda v, leg: in_steps(one_step(v, leg), count))
+
+
+def own_leg_in_steps(count: int) -> None:
+    """The student makes its leg of a target in several steps, which know the way better than one does."""
+    legs = losses.legs
+
+    def longer(u: AverageVelocity, v: Velocity, *kinds: Leg) -> tuple[AverageVelocity, ...]:
+        return tuple(in_steps(leg, count) if kind == "self" else leg for leg, kind in zip(legs(u, v, *kinds), kinds))
+
+    change([losses], "legs", longer)
+
+
+def is_pinned(r: Tensor, t: Tensor, pinned_steps: Sequence[int]) -> Tensor:
+    """Which of the intervals are those of sampling in these numbers of steps. All (B,)."""
+    return torch.stack([(r == low) & (t == high) for low, high in sampling_intervals(pinned_steps)]).any(0)
+
+
+def pin_data_end() -> None:
+    """Of the pinned intervals r alone is pinned, t uniform above it: with a first leg of the teacher a chain of targets has one r."""
+    def intervals(num: int, t_law: str, r_law: str, pinned_share: float, pinned_steps: Sequence[int],
+                  generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        r, t = draw_intervals(num, t_law, r_law, pinned_share, pinned_steps, generator)
+        anywhere = torch.lerp(r, torch.ones_like(r), torch.rand(num, generator=generator, device=generator.device))
+        return r, torch.where(is_pinned(r, t, pinned_steps), anywhere, t)
+
+    change(STUDENTS, "draw_intervals", intervals)
+
+
+def pin_chain(share: float) -> None:
+    """Half of the pinned intervals are what the others' targets ask for: the first leg, a share of each, is taken off once, or twice, ..."""
+    def intervals(num: int, t_law: str, r_law: str, pinned_share: float, pinned_steps: Sequence[int],
+                  generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        r, t = draw_intervals(num, t_law, r_law, pinned_share, pinned_steps, generator)
+        hops = (-torch.rand(num, generator=generator, device=generator.device).clamp(min=1e-6).log2()).floor()     # k with chance 2^-(k + 1)
+        return r, torch.where(is_pinned(r, t, pinned_steps), torch.lerp(r, t, (1 - share) ** hops), t)
+
+    change(STUDENTS, "draw_intervals", intervals)
+
+
+def shared_states() -> None:
+    """Boundary and splitting at the same states: one evaluation of the teacher, v(z_t, t), serves both. Half of the images is used."""
+    def loss(u: AverageVelocity, u_target: AverageVelocity, v: Velocity, z_t: Tensor, r: Tensor, t: Tensor, share: Tensor,
+             y: Tensor, num_boundary: int, first_leg: Leg, last_leg: Leg) -> StudentLoss:
+        n = len(y) - num_boundary
+        if n != num_boundary or (first_leg, last_leg) != ("midpoint", "self"):
+            raise ValueError(f"shared states: {num_boundary} of {len(y)} rows are boundary, legs {first_leg} and {last_leg}; "
+                             "half of them and midpoint and self are needed")
+        z, y, r, t, share = z_t[n:], y[n:], r[n:], t[n:], share[n:]
+        with torch.no_grad():
+            v_t = v(z, t, y)
+        first = losses.one_step(lambda state, *rest: v_t if state is z else v(state, *rest), first_leg)
+        target = losses.splitting_target(first, u_target, z, r, t, share, y)
+        error = squared_error(u(z.repeat(2, 1, 1, 1), torch.cat([t, r]), t.repeat(2), y.repeat(2)), torch.cat([v_t, target]))
+        return StudentLoss(error[:n], error[n:] / share.square())
+
+    change(STUDENTS, "student_loss", loss)
+
+
+def warm_start(updates: int, substeps: int = 4) -> None:
+    """At first the target is the mean velocity of the teacher's own trajectory from t to r, solved in `substeps` Euler steps."""
+    ask_at_each_update()
+    count = itertools.count()
+
+    def loss(u: AverageVelocity, u_target: AverageVelocity, v: Velocity, z_t: Tensor, r: Tensor, t: Tensor, share: Tensor,
+             y: Tensor, num_boundary: int, first_leg: Leg, last_leg: Leg) -> StudentLoss:
+        n = num_boundary
+        if next(count) >= updates:
+            return student_loss(u, u_target, v, z_t, r, t, share, y, n, first_leg, last_leg)
+        r = torch.cat([t[:n], r[n:]])
+        with torch.no_grad():
+            z, times = z_t[n:], [torch.lerp(t[n:], r[n:], i / substeps) for i in range(substeps + 1)]
+            velocities = []
+            for start, end in zip(times, times[1:]):
+                velocities.append(v(z, start, y[n:]))
+                z = step(z, end, start, velocities[-1])
+            target = torch.cat([v(z_t[:n], t[:n], y[:n]), torch.stack(velocities).mean(0)])
+        error = squared_error(u(z_t, r, t, y), target)
+        return StudentLoss(error[:n], error[n:])
+
+    change(STUDENTS, "student_loss", loss)
