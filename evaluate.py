@@ -14,6 +14,7 @@ student, residual.png into --out.
 import hashlib
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -66,7 +67,7 @@ class Config:
     num_steps: tuple[int, ...] = ()             # sampling steps, a row each; empty: 1 2 4 8 for a student, 25 for a teacher
     guidance_scale: tuple[float, ...] = (1.0,)  # teacher only, a row each
     guidance_interval: tuple[float, float] = (0.0, 1.0)     # teacher only: times at which it is guided
-    method: Literal["euler", "heun"] = "euler"  # teacher only: solver; heun evaluates twice a step
+    method: Literal["euler", "heun"] = "euler"  # teacher only: solver; heun evaluates twice a step but the last
     num_images: int = 10_000                    # samples of each row and seed; 50000 for the record
     seeds: int = 3                              # sets of samples, from other noise
     teacher: str | None = None                  # of a student, for the distance from it; None: the one beside the checkpoint, if any
@@ -122,8 +123,8 @@ def rows_of(network: DiT | SiT, student: bool, cfg: Config) -> list[tuple[str, i
                 for n in cfg.num_steps or (1, 2, 4, 8)]
     interval = cfg.guidance_interval
     where = "" if interval == (0, 1) else " at {:g} to {:g}".format(*interval)
-    a_step = 2 if cfg.method == "heun" else 1
-    return [(f"{n} {cfg.method.title()} steps, guidance {w}{where if w != 1 else ''}", n * a_step * (1 if w == 1 else 2),
+    evaluations = {"euler": lambda n: n, "heun": lambda n: 2 * n - 1}[cfg.method]
+    return [(f"{n} {cfg.method.title()} steps, guidance {w}{where if w != 1 else ''}", evaluations(n) * (1 if w == 1 else 2),
              partial(sample_velocity, guided_velocity(network.velocity, network.null_class, w, interval), num_steps=n, method=cfg.method))
             for n in cfg.num_steps or (25,) for w in cfg.guidance_scale]
 
@@ -181,9 +182,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     reference = reference_features(judge, real, Path(cfg.cache))
     least = reference.features.shape[1] + 1
     floor_pixels, floor_labels = shuffled(held_out)
-    metrics.check_pixels(floor_pixels, least, "held-out images")
+    metrics.check_pixels(floor_pixels[: cfg.num_images], least, "held-out images")
     floor_features = judge(floor_pixels[: cfg.num_images])
-    floor = compare(judge, floor_features, floor_labels[: cfg.num_images], reference)
+    comparing = ThreadPoolExecutor(2)                       # on the CPU, while the GPU draws the next samples
+    compared_floor = comparing.submit(compare, judge, floor_features, floor_labels[: cfg.num_images], reference)
     num_floor = len(floor_features.features)
     protocol = {"checkpoint": cfg.checkpoint, "features": judge.name, "num_images": cfg.num_images,
                 "reference": f"{len(real)} training images", "floor": f"{num_floor} held-out images", "seeds": cfg.seeds,
@@ -208,16 +210,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         ideal = partial(sample_velocity, v, num_steps=16, method="heun")
         from_teacher = TeacherDistance(ideal, even_labels(32, images), shape, ranks)
     for name, evaluations, sample in rows_of(network, student, cfg):
-        seeds = []
+        seeds, compared = [], []
         for seed in tqdm(range(cfg.seeds), name, disable=None):
             pixels = draw(sample, y, shape, seed, ranks, cfg.batch_size or ranks.batch_size, autoencoder.decode, cfg.bfloat16)
             metrics.check_pixels(pixels, least, "samples")
             seen = judge(pixels)
-            numbers = compare(judge, seen, y, reference)
+            compared.append(comparing.submit(compare, judge, seen, y, reference))
             few = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))[:2000]
             distances, indices = metrics.nearest(seen.features[few], reference.features, 4)
             ratio, copies = metrics.memorisation(distances[:, 0], held_nearest[:, 0])
-            numbers |= {"neighbour_ratio": ratio, "near_copies": copies}
+            numbers = {"neighbour_ratio": ratio, "near_copies": copies}
             if from_teacher is not None:
                 numbers["teacher_distance"] = from_teacher(sample, seed)
             seeds.append(numbers)
@@ -226,6 +228,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 _, by_pixels = metrics.nearest(pixels[few[suspects]], real, 4)
                 shown = [torch.cat([pixels[few[i]][None], real[indices[i]], real[near]]) for i, near in zip(suspects, by_pixels)]
                 save_grid(out / "neighbours.png", to_range(torch.cat(shown)), columns=9)
+        floor = compared_floor.result()
+        seeds = [distances.result() | numbers for distances, numbers in zip(compared, seeds)]
         rows.append({"name": name, "evaluations": evaluations, **summary(seeds)})
         print(report.line(rows[-1], floor), flush=True)
 

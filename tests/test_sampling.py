@@ -26,6 +26,19 @@ def test_solvers_converge_at_their_order(method, order):
     assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.2)
 
 
+@pytest.mark.parametrize("num_steps", [1, 5])
+def test_no_noise_is_left_where_the_data_are_thin(num_steps):
+    """All images alike: v = eps - x wherever there is noise, and -x, the mean over all noise, where there is none."""
+    x = torch.full_like(Z, 0.3)
+
+    def v(z, t, y):
+        t = t.view(-1, 1, 1, 1)
+        return torch.where(t > 0, (z - x) / t.clamp(min=1e-9), -x)
+
+    for method in ("euler", "heun"):
+        torch.testing.assert_close(sample_velocity(v, Z, Y, num_steps, method), x)
+
+
 def test_trajectory():
     states = sample_average_velocity(ORACLE.u, Z, Y, 4, trajectory=True)
     assert states.shape == (5, *Z.shape) and torch.equal(states[0], Z)
@@ -33,6 +46,8 @@ def test_trajectory():
         torch.testing.assert_close(state, ORACLE.flow(Z, torch.full((8,), t).double(), torch.ones(8).double()))
     states = sample_velocity(ORACLE.v, Z, Y, 3, trajectory=True)
     assert torch.equal(states[-1], sample_velocity(ORACLE.v, Z, Y, 3))
+    states = sample_velocity(ORACLE.v, Z, Y, 3, "heun", trajectory=True)
+    assert len(states) == 4 and torch.equal(states[0], Z) and torch.equal(states[-1], sample_velocity(ORACLE.v, Z, Y, 3, "heun"))
 
 
 def test_renoising_keeps_the_distribution():
