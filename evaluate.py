@@ -67,7 +67,7 @@ class Config:
     num_steps: tuple[int, ...] = ()             # sampling steps, a row each; empty: 1 2 4 8 for a student, 25 for a teacher
     guidance_scale: tuple[float, ...] = (1.0,)  # teacher only, a row each
     guidance_interval: tuple[float, float] = (0.0, 1.0)     # teacher only: times at which it is guided
-    method: Literal["euler", "heun"] = "euler"  # teacher only: solver; heun evaluates twice a step but the last
+    method: Literal["euler", "heun"] = "euler"  # teacher only: solver; heun takes 2n - 1 evaluations for n steps
     num_images: int = 10_000                    # samples of each row and seed; 50000 for the record
     seeds: int = 3                              # sets of samples, from other noise
     teacher: str | None = None                  # of a student, for the distance from it; None: the one beside the checkpoint, if any
@@ -184,8 +184,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     floor_pixels, floor_labels = shuffled(held_out)
     metrics.check_pixels(floor_pixels[: cfg.num_images], least, "held-out images")
     floor_features = judge(floor_pixels[: cfg.num_images])
-    comparing = ThreadPoolExecutor(2)                       # on the CPU, while the GPU draws the next samples
-    compared_floor = comparing.submit(compare, judge, floor_features, floor_labels[: cfg.num_images], reference)
+    background = ThreadPoolExecutor(1)                      # compares while the next samples are drawn
+    comparing = comparing_floor = background.submit(compare, judge, floor_features, floor_labels[: cfg.num_images], reference)
     num_floor = len(floor_features.features)
     protocol = {"checkpoint": cfg.checkpoint, "features": judge.name, "num_images": cfg.num_images,
                 "reference": f"{len(real)} training images", "floor": f"{num_floor} held-out images", "seeds": cfg.seeds,
@@ -215,7 +215,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             pixels = draw(sample, y, shape, seed, ranks, cfg.batch_size or ranks.batch_size, autoencoder.decode, cfg.bfloat16)
             metrics.check_pixels(pixels, least, "samples")
             seen = judge(pixels)
-            compared.append(comparing.submit(compare, judge, seen, y, reference))
+            comparing.result()                              # one waits at most, and an error shows before more is drawn
+            comparing = background.submit(compare, judge, seen, y, reference)
+            compared.append(comparing)
             few = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(seed))[:2000]
             distances, indices = metrics.nearest(seen.features[few], reference.features, 4)
             ratio, copies = metrics.memorisation(distances[:, 0], held_nearest[:, 0])
@@ -228,8 +230,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 _, by_pixels = metrics.nearest(pixels[few[suspects]], real, 4)
                 shown = [torch.cat([pixels[few[i]][None], real[indices[i]], real[near]]) for i, near in zip(suspects, by_pixels)]
                 save_grid(out / "neighbours.png", to_range(torch.cat(shown)), columns=9)
-        floor = compared_floor.result()
-        seeds = [distances.result() | numbers for distances, numbers in zip(compared, seeds)]
+        floor = comparing_floor.result()
+        seeds = [future.result() | numbers for future, numbers in zip(compared, seeds)]
         rows.append({"name": name, "evaluations": evaluations, **summary(seeds)})
         print(report.line(rows[-1], floor), flush=True)
 

@@ -36,7 +36,7 @@ class Config:
     classes: tuple[str, ...] = ()               # names or numbers of classes; empty: all
     guidance_scale: float = 1.0                 # teacher only: a student has its guidance inside
     guidance_interval: tuple[float, float] = (0.0, 1.0)     # teacher only: times at which it is guided
-    method: Literal["euler", "heun"] = "euler"  # teacher only: solver; heun evaluates twice a step but the last
+    method: Literal["euler", "heun"] = "euler"  # teacher only: solver; heun takes 2n - 1 evaluations for n steps
     renoise: bool = False                       # student only: jump to the data and add fresh noise, instead of following the flow
     num_images: int = 100                       # images of each set, spread evenly over the classes
     seed: int = 0                               # of the noise; the same for every number of steps

@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     u_target = target_ema.module if target_ema else student
     v = guided_velocity(teacher.velocity, teacher.null_class, cfg.guidance_scale, cfg.guidance_interval)
 
-    def gradients(z_t: Tensor, r: Tensor, t: Tensor, share: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_backward(z_t: Tensor, r: Tensor, t: Tensor, share: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Losses of this rank's rows; leaves their gradients in the student."""
         with ranks.autocast():
             parts = student_loss(student, u_target, v, z_t, r, t, share, y, num_boundary // ranks.world_size, cfg.first_leg, cfg.last_leg)
@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return loss, parts.boundary.mean(), parts.splitting.mean()
 
     if cfg.cuda_graph and device.type == "cuda" and not cfg.shard:
-        gradients = Replay(gradients, student)
+        forward_backward = Replay(forward_backward, student)
 
     # Samples are always drawn from the same noise, so that progress can be watched.
     sample_y = sample_labels(len(images.classes)).to(device)
@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             share = draw_lam(cfg.global_batch_size, cfg.lam_law, (step - 1) / cfg.steps, draw)
             r, t, share = (ranks.rows(times) for times in (torch.cat([t_boundary, r]), torch.cat([t_boundary, t]), share))
 
-            loss, boundary, splitting = gradients(interpolate(x, eps, t), r, t, share, y)
+            loss, boundary, splitting = forward_backward(interpolate(x, eps, t), r, t, share, y)
             ranks.average_gradients(student)
             grad_norm = whole(clip_grad_norm_(student.parameters(), cfg.max_grad_norm))
             lr_factor = learning_rate_factor(step, cfg.steps, cfg.warmup_steps, cfg.decay_share)

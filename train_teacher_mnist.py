@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if cfg.compile and device.type == "cuda":
         network.compile_blocks()
 
-    def gradients(x: Tensor, eps: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor]:
+    def forward_backward(x: Tensor, eps: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor]:
         """Loss of this rank's rows; leaves its gradients in the network."""
         with ranks.autocast():
             loss = flow_matching_loss(network.velocity, x, eps, t, y).mean()
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return (loss,)
 
     if cfg.cuda_graph and device.type == "cuda" and not cfg.shard:
-        gradients = Replay(gradients, network)
+        forward_backward = Replay(forward_backward, network)
 
     # Samples are always drawn from the same noise, so that progress can be watched.
     sample_y = sample_labels(len(images.classes)).to(device)
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             coin = ranks.rows(torch.rand(cfg.global_batch_size, generator=draw, device=device))
             y = drop_labels(y, network.null_class, cfg.label_dropout, coin)
 
-            (loss,) = gradients(x, eps, t, y)
+            (loss,) = forward_backward(x, eps, t, y)
             ranks.average_gradients(network)
             grad_norm = whole(clip_grad_norm_(network.parameters(), cfg.max_grad_norm))
             lr_factor = learning_rate_factor(step, cfg.steps, cfg.warmup_steps, cfg.decay_share)

@@ -27,7 +27,7 @@ import train_teacher
 from benchmarks import throughput
 from benchmarks.throughput import Row, command, first_teacher, forward_flops, save
 from utils.config import parse_config, require
-from utils.pictures import pyplot, read_lines
+from utils.pictures import log_scale, pyplot, read_lines
 
 SCRIPTS = {"train_teacher.py": train_teacher, "train_student.py": train_student}
 # What each curve is drawn against, and its points: preset and batch.
@@ -101,8 +101,6 @@ def rows_so_far(cfg: Config, on_gpu: bool) -> list[Row]:
 
 def plot(rows: list[Row], path: Path, device: str) -> None:
     """A panel for each curve, images/s above and memory below."""
-    from matplotlib.ticker import LogLocator, NullLocator  # slow to import
-
     plt = pyplot()
     figure, axes = plt.subplots(2, len(SWEEPS), figsize=(4 * len(SWEEPS), 6), layout="constrained", sharex="col", squeeze=False)
     for column, (sweep, members) in zip(axes.T, SWEEPS.items()):
@@ -113,8 +111,8 @@ def plot(rows: list[Row], path: Path, device: str) -> None:
             shown = [(i, mine[point]) for i, point in enumerate(members) if point in mine]
             column[0].plot([i for i, _ in shown], [row.median for _, row in shown], marker="o", label=name)
             column[1].plot([i for i, _ in shown], [row.memory_gib or 0.0 for _, row in shown], marker="o", label=name)
-        column[0].set(yscale="log", title=f"{sweep}, {fixed}")
-        column[0].yaxis.set(major_locator=LogLocator(subs=(1, 2, 3, 5, 7)), minor_locator=NullLocator(), major_formatter="{x:,.0f}")
+        column[0].set_title(f"{sweep}, {fixed}")
+        log_scale(column[0])
         column[1].set_ylim(bottom=0)
         column[1].set_xticks(range(len(members)), [labels[point] for point in members])
         for axis in column:

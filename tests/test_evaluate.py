@@ -61,6 +61,18 @@ def test_student(folder, capsys):
     assert "| real held-out images: the floor |" in capsys.readouterr().out
 
 
+def test_an_error_while_comparing_ends_it(folder, monkeypatch):
+    """Comparisons run in the background: what fails there must not pass for a result."""
+    def fail(judge, samples, labels, reference):
+        raise ValueError("features are not all finite")
+
+    (folder / "out" / "metrics.json").unlink(missing_ok=True)
+    monkeypatch.setattr(evaluate, "compare", fail)
+    with pytest.raises(ValueError, match="not all finite"):
+        run(folder, "student-digits.safetensors", "--num-steps", "1")
+    assert not (folder / "out" / "metrics.json").exists()
+
+
 def test_teacher_rows_count_guided_evaluations_twice(folder):
     result = run(folder, "teacher-digits.safetensors", "--num-steps", "3", "--guidance-scale", "1", "2")
     assert [row["evaluations"] for row in result["rows"]] == [3, 6]

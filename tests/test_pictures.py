@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from utils.data import to_pixels
-from utils.pictures import sample_labels, save_curves, save_gif, save_grid
+from utils.pictures import log_scale, pyplot, sample_labels, save_curves, save_gif, save_grid
 
 
 @pytest.mark.parametrize(
@@ -99,6 +99,19 @@ def test_curves_are_drawn(tmp_path):
         pictures.append(imageio.imread(tmp_path / "curves.png"))
     assert pictures[0].shape == pictures[1].shape and pictures[0].std() > 5
     assert (pictures[0] != pictures[1]).any()
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.31, 0.39), (0.9, 2.2), (0.15, 0.3), (3_000, 9_900), (0.002, 0.7), (1e-4, 50)])
+def test_logarithmic_axes_have_numbers(low, high):
+    plt = pyplot()
+    figure, axis = plt.subplots()
+    axis.plot([0, 1], [low, high])
+    log_scale(axis)
+    figure.canvas.draw()
+    texts = [label.get_text().replace("\N{MINUS SIGN}", "-").replace(",", "") for label in axis.get_yticklabels()]
+    shown = [float(text) for text in texts if text]
+    assert sum(low / 1.1 < number < high * 1.1 for number in shown) >= 2
+    plt.close(figure)
 
 
 def test_no_metrics_no_curves(tmp_path):

@@ -40,7 +40,7 @@ def guided_velocity(v: Velocity, null_class: int, guidance_scale: float, interva
 
     def guided(z: Tensor, t: Tensor, y: Tensor) -> Tensor:
         v_y, v_null = v(z, t, y), v(z, t, torch.full_like(y, null_class))
-        w = 1 + (guidance_scale - 1) * ((t >= low) & (t <= high)).to(z.dtype)      # numbers in a `where` would be copied from the host
+        w = 1 + (guidance_scale - 1) * ((t >= low) & (t <= high)).to(z.dtype)
         return torch.lerp(v_null, v_y, pad_like(w, z))
 
     return guided

@@ -67,7 +67,8 @@ def precision_recall(samples: Tensor, real: Tensor) -> tuple[float, float]:
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
     check_features(samples, real)
-    result = prc_features_to_metric(samples, real, verbose=False, save_cpu_ram=True)        # in parts: whole, 50,000 images need matrices of 10 GB
+    # In parts: whole, 50,000 images would need matrices of 10 GB.
+    result = prc_features_to_metric(samples, real, verbose=False, save_cpu_ram=True)
     return result[KEY_METRIC_PRECISION], result[KEY_METRIC_RECALL]
 
 

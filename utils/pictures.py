@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import imageio.v3 as imageio
 import torch
@@ -54,6 +55,18 @@ def pyplot() -> ModuleType:
     return pyplot
 
 
+def log_scale(axis: Any) -> None:
+    """Makes the vertical axis of a drawn matplotlib plot logarithmic, with plain numbers, whether it spans decades or less than one."""
+    from matplotlib.ticker import AutoLocator, LogLocator, NullLocator
+
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    subs = (1, 1.5, 2, 3, 4, 5, 7) if high < 10 * low else (1, 2, 5) if high < 1000 * low else (1,)
+    axis.yaxis.set_major_locator(AutoLocator() if high < 3 * low else LogLocator(subs=subs))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter("{x:,.10g}")
+
+
 def read_lines(file: Path) -> list[dict]:
     """Rows of a .jsonl file; none if it is not there."""
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
@@ -80,7 +93,7 @@ def save_curves(path: Path, folder: Path) -> None:
         if len(keys) > 1:
             axis.legend()
     for axis in axes.flat[:2]:
-        axis.set_yscale("log")
+        log_scale(axis)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     figure.savefig(path, dpi=110)

@@ -48,9 +48,9 @@ def sample_velocity(v: Velocity, z: Tensor, y: Tensor, num_steps: int | Sequence
     """Solve the teacher's ODE dz/dt = v(z, t, y).
 
     Args:
-        method: "euler" (one evaluation a step, first order) or "heun" (two, second order; one in the last step: where t is 0
-            and the data lie on a thin set, v has no limit, and its value there would leave half of the noise of the last step.
-            Karras et al., arXiv 2206.00364, Algorithm 1).
+        method: "euler", n evaluations for n steps, first order; or "heun", second order, 2n - 1 evaluations: its last step is
+            Euler's, because at t = 0 images have no noise left to tell v, and half of the last step's noise would stay
+            (Karras et al., arXiv 2206.00364, Algorithm 1).
 
     Raises:
         ValueError: an unknown method or time grid.

@@ -1,4 +1,4 @@
-"""Variants of the network and of a teacher's training that the scripts have no flag for; see `patches`."""
+"""Variants of the network, of a teacher's training, and of what both stages share, that the scripts have no flag for; see `patches`."""
 
 import math
 from collections.abc import Callable

@@ -26,7 +26,7 @@ from typing import Any
 from benchmarks.ablations.variants import VARIANTS, Variant
 from utils import recipes
 from utils.config import parse_config, require
-from utils.pictures import pyplot, read_lines
+from utils.pictures import log_scale, pyplot, read_lines
 
 HERE = Path(__file__).parent
 
@@ -167,7 +167,8 @@ def save_norms(results: list[dict[str, Any]], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
     for i, (name, norms) in enumerate(sorted(curves.items())):
         axis.plot(*zip(*norms), label=name, linewidth=1, linestyle=["-", "--", ":", "-."][i // 10 % 4])
-    axis.set(yscale="log", xlabel="update", ylabel="gradient norm")
+    axis.set(xlabel="update", ylabel="gradient norm")
+    log_scale(axis)
     axis.grid(alpha=0.3)
     figure.legend(loc="outside right", fontsize=7)
     figure.savefig(path, dpi=110)

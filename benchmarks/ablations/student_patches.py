@@ -14,14 +14,14 @@ from utils.losses import AverageVelocity, Leg, StudentLoss, squared_error, stude
 from utils.times import draw_intervals, sampling_intervals
 
 
-def ask_at_each_update() -> None:
-    """No recorded graph: Python then decides something anew in each update."""
+def without_graph() -> None:
+    """Nothing is recorded: for a patch that decides something anew in each update."""
     change(STUDENTS, "Replay", lambda function, network: function)
 
 
 def mixed_leg() -> None:
     """A leg is the teacher's in every other update, both are the student's own in the rest."""
-    ask_at_each_update()
+    without_graph()
     turn = itertools.cycle([False, True])
     change(STUDENTS, "student_loss", lambda *args: student_loss(*args[:-2], *(("self", "self") if next(turn) else args[-2:])))
 
@@ -72,11 +72,12 @@ def pin_data_end() -> None:
 
 
 def pin_chain(share: float) -> None:
-    """Half of the pinned intervals are what the others' targets ask for: the first leg, a share of each, is taken off once, or twice, ..."""
+    """Half of the pinned intervals are what the others' targets ask for: the first leg, a share of each, is taken off once, twice, ..."""
     def intervals(num: int, t_law: str, r_law: str, pinned_share: float, pinned_steps: Sequence[int],
                   generator: torch.Generator) -> tuple[Tensor, Tensor]:
         r, t = draw_intervals(num, t_law, r_law, pinned_share, pinned_steps, generator)
-        hops = (-torch.rand(num, generator=generator, device=generator.device).clamp(min=1e-6).log2()).floor()     # k with chance 2^-(k + 1)
+        coin = torch.rand(num, generator=generator, device=generator.device).clamp(min=1e-6)
+        hops = (-coin.log2()).floor()                       # k with chance 2^-(k + 1)
         return r, torch.where(is_pinned(r, t, pinned_steps), torch.lerp(r, t, (1 - share) ** hops), t)
 
     change(STUDENTS, "draw_intervals", intervals)
@@ -103,7 +104,7 @@ def shared_states() -> None:
 
 def warm_start(updates: int, substeps: int = 4) -> None:
     """At first the target is the mean velocity of the teacher's own trajectory from t to r, solved in `substeps` Euler steps."""
-    ask_at_each_update()
+    without_graph()
     count = itertools.count()
 
     def loss(u: AverageVelocity, u_target: AverageVelocity, v: Velocity, z_t: Tensor, r: Tensor, t: Tensor, share: Tensor,
