@@ -15,7 +15,7 @@ from models import DiT
 from utils import losses as losses_module
 from utils.losses import anchored_splitting_loss, squared_error
 
-OF_STUDENTS = {"mixed-leg", "own-leg-in-two", "pin-chain", "pin-data-end", "warm-start"}
+OF_STUDENTS = {"mixed-leg", "own-leg-in-two", "pin-chain", "pin-data-end", "soft-guidance", "warm-start"}
 TESTED_BELOW = {"heads-of-128", "compile-whole", "two-steps", "shared-states"}
 
 
@@ -180,6 +180,16 @@ def test_chains_pinned(undo):
     unpinned = [draw(40_000, *laws, 0, (1, 2), torch.Generator().manual_seed(0))
                 for draw in (train_student_mnist.draw_intervals, student_patches.draw_intervals)]
     assert torch.equal(torch.stack(unpinned[0]), torch.stack(unpinned[1]))
+
+
+def test_soft_guidance_has_no_edge(undo):
+    """Whole in the middle of the interval, none outside, half at its ends, and nowhere a jump."""
+    patches.PATCHES["soft-guidance"]()
+    guided = train_student_mnist.guided_velocity(lambda z, t, y: (y == 0).double().view(-1, 1) + 0 * z, 3, 2.0, (0.2, 0.8))
+    t = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    w = guided(torch.zeros(1001, 1, dtype=torch.float64), t, torch.zeros(1001).long())[:, 0]        # v is 1 with the label, 0 without
+    torch.testing.assert_close(w[[0, 100, 200, 300, 500, 700, 800, 900, 1000]], torch.tensor([1, 1, 1.5, 2, 2, 2, 1.5, 1, 1]).double())
+    assert w.diff().abs().max() < 0.006
 
 
 def test_shared_states_are_the_same_losses_at_the_same_states(undo):

@@ -32,6 +32,7 @@ PATCHES: dict[str, Callable[[], None]] = {
     "own-leg-in-two": lambda: student_patches.own_leg_in_steps(2),
     "pin-data-end": student_patches.pin_data_end,
     "pin-chain": lambda: student_patches.pin_chain(0.3),
+    "soft-guidance": lambda: student_patches.soft_guidance(0.2),
     "shared-states": student_patches.shared_states,
     "warm-start": lambda: student_patches.warm_start(100),
 }
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if name not in PATCHES:
         raise ValueError(f"unknown patch {name!r}; known are {', '.join(PATCHES)}")
     PATCHES[name]()
-    importlib.import_module(script.removesuffix(".py")).main(flags)
+    importlib.import_module(script.removesuffix(".py").replace("/", ".")).main(flags)
 
 
 if __name__ == "__main__":

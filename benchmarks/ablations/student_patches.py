@@ -6,9 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from benchmarks import perfect_student
 from benchmarks.ablations.changes import STUDENTS, change
 from utils import losses
-from utils.flow import step
+from utils.flow import pad_like, step
 from utils.guidance import Velocity
 from utils.losses import AverageVelocity, Leg, StudentLoss, squared_error, student_loss
 from utils.times import draw_intervals, sampling_intervals
@@ -81,6 +82,20 @@ def pin_chain(share: float) -> None:
         return r, torch.where(is_pinned(r, t, pinned_steps), torch.lerp(r, t, (1 - share) ** hops), t)
 
     change(STUDENTS, "draw_intervals", intervals)
+
+
+def soft_guidance(width: float) -> None:
+    """Guidance rises and falls over `width` around the ends of its interval: a leg sees it at its middle alone, so edges make jumps."""
+    def soft(v: Velocity, null_class: int, guidance_scale: float, interval: tuple[float, float]) -> Velocity:
+        low, high = interval
+
+        def guided(z: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            share = ((t - low) / width + 0.5).clamp(0, 1) * ((high - t) / width + 0.5).clamp(0, 1)
+            return torch.lerp(v(z, t, torch.full_like(y, null_class)), v(z, t, y), pad_like(1 + (guidance_scale - 1) * share, z))
+
+        return guided
+
+    change([*STUDENTS, perfect_student], "guided_velocity", soft)
 
 
 def shared_states() -> None:
