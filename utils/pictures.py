@@ -57,13 +57,13 @@ def pyplot() -> ModuleType:
 
 def log_scale(axis: Any) -> None:
     """Makes the vertical axis of a drawn matplotlib plot logarithmic, with plain numbers, whether it spans decades or less than one."""
-    from matplotlib.ticker import AutoLocator, LogLocator, NullLocator
+    from matplotlib.ticker import AutoLocator, LogLocator
 
     axis.set_yscale("log")
     low, high = axis.get_ylim()
     subs = (1, 1.5, 2, 3, 4, 5, 7) if high < 10 * low else (1, 2, 5) if high < 1000 * low else (1,)
     axis.yaxis.set_major_locator(AutoLocator() if high < 3 * low else LogLocator(subs=subs))
-    axis.yaxis.set_minor_locator(NullLocator())
+    axis.minorticks_off()
     axis.yaxis.set_major_formatter("{x:,.10g}")
 
 

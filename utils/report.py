@@ -51,8 +51,6 @@ def table(rows: list[dict[str, Any]], floor: dict[str, float], protocol: dict[st
 
 def save_plot(path: Path, rows: list[dict[str, Any]], floor: dict[str, float]) -> None:
     """Frechet distance against network evaluations, with the floor."""
-    from matplotlib.ticker import NullLocator  # slow to import
-
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     means = [row["frechet_distance"]["mean"] for row in rows]
@@ -61,7 +59,6 @@ def save_plot(path: Path, rows: list[dict[str, Any]], floor: dict[str, float]) -
     axis.axhline(floor["frechet_distance"], color="gray", linestyle="--", label="real held-out images")
     axis.set(xscale="log", xlabel="network evaluations", ylabel="Frechet distance")
     axis.set_xticks([row["evaluations"] for row in rows], [str(row["evaluations"]) for row in rows], minor=False)
-    axis.xaxis.set_minor_locator(NullLocator())
     log_scale(axis)
     axis.grid(alpha=0.3)
     axis.legend()

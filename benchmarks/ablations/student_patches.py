@@ -1,7 +1,7 @@
 """Variants of a student's training that train_student.py has no flag for; see `patches`."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -56,32 +56,30 @@ def own_leg_in_steps(count: int) -> None:
     change([losses], "legs", longer)
 
 
-def is_pinned(r: Tensor, t: Tensor, pinned_steps: Sequence[int]) -> Tensor:
-    """Which of the intervals are those of sampling in these numbers of steps. All (B,)."""
-    return torch.stack([(r == low) & (t == high) for low, high in sampling_intervals(pinned_steps)]).any(0)
+def move_pinned(moved: Callable[[Tensor, Tensor, torch.Generator], Tensor]) -> None:
+    """Pinned intervals keep their r; their t is what `moved` makes of r, t and the source of randomness. All (B,)."""
+    def intervals(num: int, t_law: str, r_law: str, pinned_share: float, pinned_steps: Sequence[int],
+                  generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        r, t = draw_intervals(num, t_law, r_law, pinned_share, pinned_steps, generator)
+        pinned = torch.stack([(r == low) & (t == high) for low, high in sampling_intervals(pinned_steps)]).any(0)
+        return r, torch.where(pinned, moved(r, t, generator), t)
+
+    change(STUDENTS, "draw_intervals", intervals)
 
 
 def pin_data_end() -> None:
     """Of the pinned intervals r alone is pinned, t uniform above it: with a first leg of the teacher a chain of targets has one r."""
-    def intervals(num: int, t_law: str, r_law: str, pinned_share: float, pinned_steps: Sequence[int],
-                  generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        r, t = draw_intervals(num, t_law, r_law, pinned_share, pinned_steps, generator)
-        anywhere = torch.lerp(r, torch.ones_like(r), torch.rand(num, generator=generator, device=generator.device))
-        return r, torch.where(is_pinned(r, t, pinned_steps), anywhere, t)
-
-    change(STUDENTS, "draw_intervals", intervals)
+    move_pinned(lambda r, t, generator: torch.lerp(r, torch.ones_like(r), torch.rand(len(r), generator=generator, device=r.device)))
 
 
 def pin_chain(share: float) -> None:
     """Half of the pinned intervals are what the others' targets ask for: the first leg, a share of each, is taken off once, twice, ..."""
-    def intervals(num: int, t_law: str, r_law: str, pinned_share: float, pinned_steps: Sequence[int],
-                  generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        r, t = draw_intervals(num, t_law, r_law, pinned_share, pinned_steps, generator)
-        coin = torch.rand(num, generator=generator, device=generator.device).clamp(min=1e-6)
+    def shorter(r: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
+        coin = torch.rand(len(r), generator=generator, device=r.device).clamp(min=1e-6)
         hops = (-coin.log2()).floor()                       # k with chance 2^-(k + 1)
-        return r, torch.where(is_pinned(r, t, pinned_steps), torch.lerp(r, t, (1 - share) ** hops), t)
+        return torch.lerp(r, t, (1 - share) ** hops)
 
-    change(STUDENTS, "draw_intervals", intervals)
+    move_pinned(shorter)
 
 
 def soft_guidance(width: float) -> None:
@@ -129,12 +127,8 @@ def warm_start(updates: int, substeps: int = 4) -> None:
             return student_loss(u, u_target, v, z_t, r, t, share, y, n, first_leg, last_leg)
         r = torch.cat([t[:n], r[n:]])
         with torch.no_grad():
-            z, times = z_t[n:], [torch.lerp(t[n:], r[n:], i / substeps) for i in range(substeps + 1)]
-            velocities = []
-            for start, end in zip(times, times[1:]):
-                velocities.append(v(z, start, y[n:]))
-                z = step(z, end, start, velocities[-1])
-            target = torch.cat([v(z_t[:n], t[:n], y[:n]), torch.stack(velocities).mean(0)])
+            trajectory = in_steps(losses.one_step(v, "euler"), substeps)
+            target = torch.cat([v(z_t[:n], t[:n], y[:n]), trajectory(z_t[n:], r[n:], t[n:], y[n:])])
         error = squared_error(u(z_t, r, t, y), target)
         return StudentLoss(error[:n], error[n:])
 
