@@ -16,7 +16,7 @@ from utils import losses as losses_module
 from utils.losses import anchored_splitting_loss, squared_error
 
 OF_STUDENTS = {"mixed-leg", "own-leg-in-two", "pin-chain", "pin-data-end", "soft-guidance", "warm-start"}
-TESTED_BELOW = {"heads-of-128", "compile-whole", "two-steps", "shared-states"}
+TESTED_BELOW = {"heads-of-128", "compile-whole", "two-steps", "shared-states", "mean-guidance"}
 
 
 @pytest.fixture
@@ -190,6 +190,21 @@ def test_soft_guidance_has_no_edge(undo):
     w = guided(torch.zeros(1001, 1, dtype=torch.float64), t, torch.zeros(1001).long())[:, 0]        # v is 1 with the label, 0 without
     torch.testing.assert_close(w[[0, 100, 200, 300, 500, 700, 800, 900, 1000]], torch.tensor([1, 1, 1.5, 2, 2, 2, 1.5, 1, 1]).double())
     assert w.diff().abs().max() < 0.006
+
+
+@pytest.mark.parametrize("leg", ["euler", "midpoint"])
+def test_mean_guidance_of_a_leg_is_that_of_its_parts(leg, undo):
+    """Of legs that follow one another, weighted by their lengths, as much as of the leg from their start to their end."""
+    patches.PATCHES["mean-guidance"]()
+    guided = train_student_mnist.guided_velocity(lambda z, t, y: (y == 0).double().view(-1, 1) + 0 * z, 3, 2.0, (0.2, 0.8))
+    average = losses_module.one_step(guided, leg)
+    times = torch.tensor([0, 0.1, 0.3, 0.5, 0.7, 0.9, 1], dtype=torch.float64)
+    parts = average(torch.zeros(6, 1).double(), times[:-1], times[1:], torch.zeros(6).long())[:, 0]
+    torch.testing.assert_close(parts, torch.tensor([1, 1.5, 2, 2, 1.5, 1], dtype=torch.float64))
+    whole = average(torch.zeros(1, 1).double(), times[:1], times[-1:], torch.zeros(1).long())[0, 0]
+    torch.testing.assert_close(whole, (parts * times.diff()).sum())
+    at_times = guided(torch.zeros(7, 1).double(), times, torch.zeros(7).long())[:, 0]                  # the boundary's, as ever
+    torch.testing.assert_close(at_times, torch.tensor([1, 1, 2, 2, 2, 1, 1], dtype=torch.float64))
 
 
 def test_shared_states_are_the_same_losses_at_the_same_states(undo):

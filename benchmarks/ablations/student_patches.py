@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from benchmarks import perfect_student
+from benchmarks import perfect_student, splitting_bias
 from benchmarks.ablations.changes import STUDENTS, change
 from utils import losses
 from utils.flow import pad_like, step
@@ -94,6 +94,30 @@ def soft_guidance(width: float) -> None:
         return guided
 
     change([*STUDENTS, perfect_student], "guided_velocity", soft)
+
+
+def mean_guidance() -> None:
+    """A leg of the teacher's is guided as much as its interval is on average, not as its middle happens to be."""
+    def guided_velocity(v: Velocity, null_class: int, guidance_scale: float, interval: tuple[float, float]) -> Callable[..., Tensor]:
+        low, high = interval
+
+        def guided(z: Tensor, t: Tensor, y: Tensor, start: Tensor | None = None, end: Tensor | None = None) -> Tensor:
+            start, end = (t, t) if start is None or end is None else (start, end)
+            inside = (end.clamp(low, high) - start.clamp(low, high)) / (end - start).clamp(min=1e-6)
+            inside = torch.where(end > start, inside, ((t >= low) & (t <= high)).to(t.dtype))
+            return torch.lerp(v(z, t, torch.full_like(y, null_class)), v(z, t, y), pad_like(1 + (guidance_scale - 1) * inside, z))
+
+        return guided
+
+    def one_step(v: Callable[..., Tensor], leg: Leg) -> AverageVelocity:
+        def step_of_leg(z_t: Tensor, r: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            return losses_one_step(lambda z, time, label: v(z, time, label, r, t), leg)(z_t, r, t, y)
+
+        return step_of_leg
+
+    losses_one_step = losses.one_step
+    change([*STUDENTS, perfect_student], "guided_velocity", guided_velocity)
+    change([losses, splitting_bias], "one_step", one_step)
 
 
 def shared_states() -> None:
