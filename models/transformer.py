@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
-from torch.distributed.fsdp import FSDPModule
 
 from models.hub import HubModel
 
@@ -49,6 +48,8 @@ class Transformer(nn.Module, HubModel):
         One by one they start sooner; together the end of a block and the start of the next become one kernel. Blocks that
         are split among processes are compiled one by one, because the gathering of each one's weights ends a graph.
         """
+        from torch.distributed.fsdp import FSDPModule  # slow to import, and sampling needs none
+
         if isinstance(self.blocks[0], FSDPModule):
             at_once = 1
         if torch.cuda.is_available() and torch.cuda.get_device_capability() in FUSED_ON:

@@ -3,6 +3,8 @@
 import ast
 import io
 import re
+import subprocess
+import sys
 import tokenize
 import tomllib
 from pathlib import Path
@@ -106,3 +108,11 @@ def test_environment_names_what_pyproject_names():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     listed = re.findall(r"^ *- ([a-z][\w-]*[>=<.\d]*)$", (ROOT / "environment.yml").read_text(), re.M)
     assert [line for line in listed if line != "pip"] == [f"python{project['requires-python']}", *project["dependencies"]]
+
+
+def test_sampling_starts_without_what_only_training_needs():
+    """Each of these takes about as long to import as PyTorch itself."""
+    code = ("import sys, sample, pipeline, evaluate; "
+            "print(*{'torchvision', 'timm', 'torch._dynamo', 'torch.distributed.fsdp'} & set(sys.modules))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-import torchvision
 from filelock import FileLock
 from torch import Tensor
 from torch.nn import functional as F
@@ -86,6 +85,8 @@ def load_torchvision(name: str, root: str, train: bool = True) -> tuple[Tensor, 
     Raises:
         ValueError: it is not there and cannot be downloaded.
     """
+    import torchvision  # as slow to import as PyTorch itself, and few scripts need it
+
     data_class = {"mnist": torchvision.datasets.MNIST, "cifar10": torchvision.datasets.CIFAR10}[name]
     try:
         Path(root).mkdir(parents=True, exist_ok=True)

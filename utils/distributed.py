@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,12 @@ class Ranks:
 
         A network that is split among the ranks (`utils.sharding`) has averaged them already.
         """
+        if self.world_size == 1:
+            return
+        from torch.distributed.tensor import DTensor  # slow to import
+
         gradients = [p.grad for p in network.parameters() if p.grad is not None]
-        if self.world_size == 1 or isinstance(gradients[0], DTensor):
+        if isinstance(gradients[0], DTensor):
             return
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat)

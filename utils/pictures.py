@@ -7,9 +7,9 @@ from typing import Any
 
 import imageio.v3 as imageio
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.utils import make_grid
 
 from utils.data import to_pixels
 
@@ -26,9 +26,13 @@ def grid(x: Tensor, columns: int = 10, tile: int = 48, largest: int | None = Non
     those above `largest` reduced to it."""
     if largest is not None and x.shape[-1] > largest:
         x = F.interpolate(x.float(), largest, mode="area")
-    pixels = make_grid(to_pixels(x).cpu(), nrow=columns, padding=max(1, x.shape[-1] // 16), pad_value=255)
-    factor = max(1, -(-tile // x.shape[-1]))
-    return pixels.repeat_interleave(factor, 1).repeat_interleave(factor, 2).permute(1, 2, 0)
+    columns, factor = min(columns, len(x)), max(1, -(-tile // x.shape[-1]))
+    gap = max(1, x.shape[-1] // 16) if len(x) > 1 else 0
+    tiles = F.pad(to_pixels(x).cpu(), (gap, 0, gap, 0), value=255)           # the gap above and to the left of each image
+    blank = tiles.new_full((-len(x) % columns, *tiles.shape[1:]), 255)
+    pixels = rearrange(torch.cat([tiles, blank]), "(row column) c h w -> (row h) (column w) c", column=columns)
+    pixels = F.pad(pixels, (0, 0, 0, gap, 0, gap), value=255).expand(-1, -1, 3)
+    return pixels.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
 
 
 def save_grid(path: Path, x: Tensor, columns: int = 10) -> None:

@@ -14,11 +14,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -45,7 +45,7 @@ def environment(ranks: Ranks) -> dict[str, Any]:
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "git_commit": git("rev-parse", "HEAD"), "git_changed_files": git("status", "--porcelain", "--untracked-files=no"),
-        "python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,
+        "python": platform.python_version(), "torch": torch.__version__, "torchvision": version("torchvision"),
         "device": f"{ranks.device.type}: {device}", "processes": ranks.world_size, "cpu_threads": torch.get_num_threads(),
         "command": sys.argv, "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
