@@ -16,7 +16,7 @@ from utils import losses as losses_module
 from utils.losses import anchored_splitting_loss, squared_error
 
 OF_STUDENTS = {"mixed-leg", "own-leg-in-two", "pin-chain", "pin-data-end", "soft-guidance", "warm-start"}
-TESTED_BELOW = {"heads-of-128", "compile-whole", "two-steps", "shared-states", "mean-guidance"}
+TESTED_BELOW = {"heads-of-128", "compile-whole", "two-steps", "shared-states", "mean-guidance", "wider-modulation"}
 
 
 @pytest.fixture
@@ -205,6 +205,24 @@ def test_mean_guidance_of_a_leg_is_that_of_its_parts(leg, undo):
     torch.testing.assert_close(whole, (parts * times.diff()).sum())
     at_times = guided(torch.zeros(7, 1).double(), times, torch.zeros(7).long())[:, 0]                  # the boundary's, as ever
     torch.testing.assert_close(at_times, torch.tensor([1, 1, 2, 2, 2, 1, 1], dtype=torch.float64))
+
+
+def test_wider_modulation_starts_as_the_teacher(plain, undo, tmp_path):
+    torch.manual_seed(0)
+    teacher, batch_of_two = DiT("DiT-Nano/4", 8, 1, 10), (torch.randn(2, 1, 8, 8), torch.rand(2), torch.ones(2), torch.tensor([3, 10]))
+    with torch.no_grad():
+        for p in teacher.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    patches.PATCHES["wider-modulation"]()
+    student = train_student_mnist.student_from_teacher(teacher)
+    torch.testing.assert_close(student(*batch_of_two), teacher(*batch_of_two))
+    assert student.blocks[0].modulation.up.weight.shape == (6 * 128, 64) and student.final.modulation.down.weight.shape == (64, 128)
+    assert student.architecture["modulation_rank"] == 64
+    student(*batch_of_two).square().mean().backward()
+    assert student.blocks[0].modulation.up.weight.grad[:, 16:].abs().max() > 0       # the new channels learn
+    train_student_mnist.main([*COMMON, "--teacher", str(plain / "teacher"), "--results-dir", str(tmp_path), "--name", "wide"])
+    changed = losses(tmp_path / "wide")
+    assert all(torch.tensor(changed).isfinite()) and changed != losses(plain / "student")
 
 
 def test_shared_states_are_the_same_losses_at_the_same_states(undo):

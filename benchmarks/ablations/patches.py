@@ -34,6 +34,7 @@ PATCHES: dict[str, Callable[[], None]] = {
     "pin-chain": lambda: student_patches.pin_chain(0.3),
     "soft-guidance": lambda: student_patches.soft_guidance(0.2),
     "mean-guidance": student_patches.mean_guidance,
+    "wider-modulation": lambda: student_patches.wider_modulation(4),
     "shared-states": student_patches.shared_states,
     "warm-start": lambda: student_patches.warm_start(100),
 }

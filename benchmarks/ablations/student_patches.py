@@ -8,6 +8,7 @@ from torch import Tensor
 
 from benchmarks import perfect_student, splitting_bias
 from benchmarks.ablations.changes import STUDENTS, change
+from models import DiT, build_network, student_from_teacher
 from utils import losses
 from utils.flow import pad_like, step
 from utils.guidance import Velocity
@@ -118,6 +119,22 @@ def mean_guidance() -> None:
     losses_one_step = losses.one_step
     change([*STUDENTS, perfect_student], "guided_velocity", guided_velocity)
     change([losses, splitting_bias], "one_step", one_step)
+
+
+def wider_modulation(factor: int) -> None:
+    """adaLN of more channels than the teacher's, which at first have no effect: more room for what differs from interval to interval."""
+    def wider(teacher: DiT) -> DiT:
+        narrow = student_from_teacher(teacher)
+        rank = factor * teacher.architecture["modulation_rank"]
+        student = build_network(**{**narrow.architecture, "modulation_rank": rank}).to(teacher.position.device)
+        given = student.state_dict()
+        for name, weight in narrow.state_dict().items():
+            part = {"down.weight": (slice(len(weight)),), "up.weight": (slice(None), slice(weight.shape[-1]))}
+            inside = next((part[end] for end in part if name.endswith(f"modulation.{end}")), ...)
+            given[name][inside] = weight                    # the rest of up.weight is zero
+        return student
+
+    change(STUDENTS, "student_from_teacher", wider)
 
 
 def shared_states() -> None:

@@ -80,6 +80,7 @@ VARIANTS = [
     student("guidance-late", "--guidance-interval;0;0.8", "guidance at times 0 to 0.8"),
     student("guidance-soft", "", "guidance that rises and falls gradually", patch="soft-guidance"),
     student("guidance-mean", "", "a leg is guided as its interval is on average", patch="mean-guidance"),
+    student("modulation-wide", "", "a student's adaLN of four times its teacher's rank", patch="wider-modulation", cost="own"),
     student("lr-half", "--lr;0.00025;--muon-lr;0.005", "half the learning rates"),
     student("decay-0.8", "--decay-share;0.8", "learning rates fall over nearly all of the run"),
     student("lr-double", "--lr;0.001;--muon-lr;0.02", "twice the learning rates"),
