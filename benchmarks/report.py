@@ -51,7 +51,7 @@ def plot(rows: list[Any], path: Path, device: str) -> None:
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3, axis="y")
     if field:
-        axis.legend()
+        figure.legend(loc="outside right upper")
     else:
         axis.tick_params(axis="x", labelrotation=15)
     figure.savefig(path, dpi=110)

@@ -33,11 +33,12 @@ from benchmarks.report import markdown, plot
 from models import DiT
 from utils.config import parse_config, require
 
-RowName = Literal["teacher", "student", "student-euler", "student-self", "textbook-fp32", "textbook-bf16", "meanflow"]
+RowName = Literal["teacher", "student", "student-euler", "student-self", "textbook-fp32", "textbook-bf16", "meanflow",
+                  "meanflow-eager"]
 # Forward passes an image, a backward pass counted as two: the teacher's guided velocity takes two on every image, the
 # targets of splitting three (midpoint leg), one (Euler) or two (the student's own) on half of them. A JVP is counted as two.
 FORWARDS = {"teacher": 3.0, "student": 3 + 2 + 1.5, "student-euler": 3 + 2 + 0.5, "student-self": 3 + 1 + 1, "textbook-fp32": 3.0,
-            "textbook-bf16": 3.0, "meanflow": 4.0}
+            "textbook-bf16": 3.0, "meanflow": 4.0, "meanflow-eager": 4.0}
 CLASSES = 10
 
 
@@ -122,9 +123,10 @@ def command(name: str, model: str, batch: int, gpus: int, steps: int, cfg: Any, 
         row = [*launcher, "train_student.py", *script, "--teacher", str(folder / "results" / first_teacher(model)),
                "--first-leg", leg, "--num-steps", "1"]
     else:
-        kind, _, precision = name.partition("-")
+        kind, _, how = name.partition("-")
         row = ["-m", f"benchmarks.{kind}", "--model", model, "--batch-size", str(batch)]
-        row += ["--precision", precision, "--num-workers", str(cfg.num_workers)] if precision else ["--compile", str(cfg.compile)]
+        row += (["--precision", how, "--num-workers", str(cfg.num_workers)] if kind == "textbook"
+                else ["--compile", str(cfg.compile and how != "eager")])
     return [sys.executable, *row, *common]
 
 

@@ -9,6 +9,7 @@ import torch
 from benchmarks import growth, latent_cost, meanflow, profile_step, scaling, splitting_bias, textbook, throughput
 from benchmarks.report import markdown
 from models import DiT
+from utils.config import parse_config
 from utils.flow import step
 from utils.losses import splitting_target
 
@@ -60,6 +61,18 @@ def test_growth_of_training_scripts(tmp_path, monkeypatch, capsys):
     assert all(len(row["images_per_second"]) == 2 for row in rows) and (tmp_path / "plot.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="rows.json cannot be gone on with: steps 1, here 2"):
         growth.main([*flags, "--steps", "2"])
+
+
+@pytest.mark.parametrize(("name", "flags"), [
+    ("textbook-bf16", ["--precision", "bf16", "--num-workers", "8"]),
+    ("meanflow", ["--compile", "True"]),
+    ("meanflow-eager", ["--compile", "False"]),
+])
+def test_command_of_a_rival(name, flags, tmp_path):
+    line = throughput.command(name, "DiT-Nano/8", 16, 1, 1, throughput.Config(), tmp_path, "a")
+    assert line[1:3] == ["-m", f"benchmarks.{name.split('-')[0]}"] and " ".join(flags) in " ".join(line)
+    config_class = {"textbook": textbook, "meanflow": meanflow}[name.split("-")[0]].Config
+    parse_config(config_class, line[3:], None)              # it takes these flags
 
 
 def test_failed_row_says_why(tmp_path):
