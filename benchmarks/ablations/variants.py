@@ -68,6 +68,7 @@ VARIANTS = [
     student("pinned-data-0.7", "--pinned-share;0.7", "r alone pinned, t uniform above it", patch="pin-data-end"),
     student("pinned-data-1", "--pinned-share;1", "the same in every row", patch="pin-data-end"),
     student("pinned-chain", "", "half of the pinned intervals are what the others' targets ask for", patch="pin-chain"),
+    student("pinned-by-count", "", "the interval of one step pinned as often as both of two", patch="pin-by-count"),
     student("shared-states", "", "the boundary at the states of the splitting", patch="shared-states", cost="own"),
     student("power-0", "--adaptive-power;0", "squared error"),
     student("power-0.5", "--adaptive-power;0.5", "a milder adaptive weight"),
