@@ -12,6 +12,7 @@ student, residual.png into --out.
 """
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -77,7 +78,7 @@ class Config:
     device: str = "auto"                        # auto, cuda, cpu
     num_workers: int = 4                        # threads that decode image files
     autoencoder: str | None = None              # of a network of latents: hub id or folder; None: where it was in training
-    out: str | None = None                      # folder to write to; None: results/evaluation-<checkpoint>
+    out: str | None = None                      # folder to write to; None: results/evaluation-<checkpoint>, and -2, ... for other flags
     cache: str = "results/features"             # folder that keeps the training split's features
 
     def __post_init__(self) -> None:
@@ -149,6 +150,15 @@ def label(checkpoint: Path) -> str:
     return checkpoint.stem
 
 
+def free_folder(folder: Path, config: dict[str, Any]) -> Path:
+    """The folder itself, or the first of folder-2, folder-3, ... that holds no evaluation by other flags."""
+    for i in itertools.count(2):
+        file = folder / "metrics.json"
+        if not file.is_file() or json.loads(file.read_text())["config"] == config:
+            return folder
+        folder = folder.with_name(f"{folder.name if i == 2 else folder.name.rpartition('-')[0]}-{i}")
+
+
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse_config(Config, argv, __doc__)
@@ -187,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     background = ThreadPoolExecutor(1)                      # compares while the next samples are drawn
     comparing = comparing_floor = background.submit(compare, judge, floor_features, floor_labels[: cfg.num_images], reference)
     num_floor = len(floor_features.features)
-    protocol = {"checkpoint": cfg.checkpoint, "features": judge.name, "num_images": cfg.num_images,
+    protocol = {"checkpoint": cfg.checkpoint, "data": images.name, "features": judge.name, "num_images": cfg.num_images,
                 "reference": f"{len(real)} training images", "floor": f"{num_floor} held-out images", "seeds": cfg.seeds,
                 "weights": "EMA", "arithmetic": "bfloat16" if cfg.bfloat16 else "float32", "images": "8 bits"}
     print("  ".join(f"{key}: {value}" for key, value in protocol.items()), flush=True)
@@ -199,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         network.compile_blocks()
     y = even_labels(cfg.num_images, images)
     held_nearest, _ = metrics.nearest(floor_features.features[:2000], reference.features)
-    out = Path(cfg.out or f"results/evaluation-{label(Path(cfg.checkpoint))}")
+    out = Path(cfg.out) if cfg.out else free_folder(Path(f"results/evaluation-{label(Path(cfg.checkpoint))}"), to_dict(cfg))
     out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     from_teacher = None

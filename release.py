@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"{target} exists; use --replace True to overwrite it")
     source = resolve_weights(cfg.source)
     weights, metadata = read_weights(source)
+    if metadata["kind"] not in ("teacher", "student"):
+        raise ValueError(f"{source} is a {metadata['kind']}; teachers and students are released")
     weights = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
     metadata["config"] = {key: value for key, value in metadata["config"].items() if key not in FREE_FIELDS}    # folders and the like
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -63,8 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     (temporary / "README.md").write_text(card)
-    information = {key: value for key, value in metadata.items() if key != "architecture"}
-    network.bfloat16().save_pretrained(temporary, config={**metadata["architecture"], **information})
+    network.bfloat16().save_pretrained(temporary, config={**metadata["architecture"], **metadata})
     stale = target.with_name(f".{target.name}.stale")
     if target.exists():
         os.replace(target, stale)

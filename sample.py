@@ -93,7 +93,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     shape = (architecture["num_channels"], architecture["image_size"], architecture["image_size"])
     decode = load_autoencoder(metadata.get("autoencoder"), cfg.autoencoder, ranks.device).decode
     v = guided_velocity(network.velocity, network.null_class, cfg.guidance_scale, cfg.guidance_interval)
-    out = Path(cfg.out)
+    out, counts = Path(cfg.out), cfg.num_steps or ((1, 2, 4) if student else (25,))
+    for folder in (out / f"{n}step" for n in counts if "png" in cfg.formats):
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ValueError(f"{folder} holds images already, which these would mix with; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     batch_size = cfg.batch_size or ranks.batch_size
     if cfg.compile and ranks.device.type == "cuda":
@@ -107,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.cuda.synchronize()
         tqdm.write(f"compiled in {time.monotonic() - start:.1f} s")
 
-    for num_steps in cfg.num_steps or ((1, 2, 4) if student else (25,)):
+    for num_steps in counts:
         noise = generator(ranks.device, cfg.seed, "noise")
         renoise = generator(ranks.device, cfg.seed, "renoise") if cfg.renoise else None
         pixels, shown, missing, start = [], [], min(100, cfg.num_images), time.monotonic()

@@ -132,6 +132,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(images.classes) < 2:
         raise ValueError(f"--data {cfg.data}: a classifier needs at least 2 classes, and there are {len(images.classes)}")
     images, held_out = load_held_out(images, cfg.held_out, cfg.data_root, cfg.num_workers)
+    if len(held_out) == 0:
+        raise ValueError(f"--data {cfg.data}: of {len(images)} images a tenth is none, and the accuracy is measured on that; name others "
+                         "with --held-out")
     start = time.monotonic()
     network = train(images, cfg, ranks)
     weights = {name: tensor.half() if tensor.dim() > 1 else tensor for name, tensor in network.state_dict().items()}

@@ -106,9 +106,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     decode = load_autoencoder(images.autoencoder, cfg.autoencoder, device).decode        # from latents to images; pixels stay
     batches = Batches(images, cfg.global_batch_size, cfg.seed, ranks)
     evaluate = cfg.eval_every and QuickEvaluation(cfg.classifier, Classifier, images, ranks, cfg.results_dir)
-    run = Run(cfg, "student", ranks)
+    run = Run(cfg, "student", ranks, images)
     kept = run.folder / "teacher.safetensors"
-    path = kept if kept.exists() else find_teacher(cfg.teacher, cfg.results_dir, cfg.data, images.image_size)
+    path = kept if kept.exists() else find_teacher(cfg.teacher, cfg.results_dir, cfg.data, images.shape[-1])
     teacher, teacher_metadata = load_network(path, build_network, device)
     check_teacher(path, teacher_metadata, images, cfg.model)
     torch.manual_seed(fold(cfg.seed, "weights"))            # alike on every rank
@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sample_z = torch.randn(len(sample_y), *images.shape, generator=generator(device, cfg.seed, "samples"), device=device)
     meter = Meter(["loss", "boundary", "splitting", "grad_norm"], ranks)
     run.start(done, seconds)
-    run.keep_teacher(path)
+    run.keep_teacher(path, teacher_metadata)
 
     with StopRequest() as stop, run:
         for step in range(done + 1, cfg.steps + 1):         # `step` counts completed updates

@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     decode = load_autoencoder(images.autoencoder, cfg.autoencoder, device).decode        # from latents to images; pixels stay
     batches = Batches(images, cfg.global_batch_size, cfg.seed, ranks)
     evaluate = cfg.eval_every and QuickEvaluation(cfg.classifier, Classifier, images, ranks, cfg.results_dir)
-    run = Run(cfg, "teacher", ranks)
+    run = Run(cfg, "teacher", ranks, images)
     torch.manual_seed(fold(cfg.seed, "weights"))            # alike on every rank
     network = DiT(cfg.model, images.shape[1], images.shape[0], len(images.classes)).to(device)
     if cfg.start_from and not step_folders(run.checkpoints):

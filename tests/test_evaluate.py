@@ -5,12 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from runs import make_images
 
 import evaluate
 import train_classifier
 import train_student_mnist
 import train_teacher_mnist
 from benchmarks import perfect_student, sensitivity
+from evaluate import free_folder
 from models import Classifier, DiT, student_from_teacher
 from utils import distributed, evaluation, report
 from utils.checkpoints import read_weights, write_weights
@@ -132,6 +134,23 @@ def test_bad_judge_is_not_written(tmp_path):
     with pytest.raises(ValueError, match=r"below --min-accuracy 0.99: nothing was written"):
         train_classifier.main(["--data", "digits", "--epochs", "0.1", "--min-accuracy", "0.99", "--out", str(tmp_path / "a")])
     assert not list(tmp_path.iterdir())
+
+
+def test_judge_needs_held_out_images(tmp_path):
+    data = make_images(tmp_path / "photos", ["cat", "dog"], per_class=2)
+    with pytest.raises(ValueError, match="of 4 images a tenth is none.*--held-out"):
+        train_classifier.main(["--data", str(data), "--out", str(tmp_path / "a.safetensors")])
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_an_evaluation_by_other_flags_has_its_own_folder(tmp_path):
+    first = free_folder(tmp_path / "evaluation", {"seeds": 1})
+    for seeds, name in ((1, "evaluation"), (2, "evaluation-2"), (3, "evaluation-3"), (2, "evaluation-2"), (1, "evaluation")):
+        found = free_folder(tmp_path / "evaluation", {"seeds": seeds})
+        assert found == tmp_path / name
+        found.mkdir(exist_ok=True)
+        (found / "metrics.json").write_text(json.dumps({"config": {"seeds": seeds}}))
+    assert first == tmp_path / "evaluation"
 
 
 def test_judge_is_never_overwritten(folder):

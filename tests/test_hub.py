@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import release
-from models import DiT, SiT
+import sample
+from models import DiT, SiT, build_network
 from pipeline import SplitMeanFlowPipeline
 from utils.checkpoints import load_network, write_weights
 from utils.guidance import guided_velocity
@@ -34,6 +35,17 @@ def test_a_folder_holds_the_ema_weights(results, folder):
     for name, weight in ema.state_dict().items():
         assert torch.equal(network.state_dict()[name], weight.bfloat16().float()), name
     assert all(weight.dtype == torch.bfloat16 for weight in load_file(folder / "model.safetensors").values())
+
+
+def test_a_folder_is_read_where_a_checkpoint_is(results, folder, tmp_path):
+    found, metadata = load_network(folder, build_network)
+    _, expected = load_network(results / "student-digits", build_network)
+    assert metadata["architecture"] == expected["architecture"] and metadata["classes"] == expected["classes"]
+    assert {"kind", "step", "teacher", "config"} <= set(metadata)
+    expected_weights = load_network(results / "student-digits", build_network)[0].state_dict()
+    assert all(torch.equal(weight, expected_weights[name].bfloat16().float()) for name, weight in found.state_dict().items())
+    sample.main([str(folder), "--num-images", "1", "--num-steps", "1", "--formats", "npz", "--out", str(tmp_path), "--device", "cpu"])
+    assert (tmp_path / "1step.npz").is_file()
 
 
 def test_the_card_says_what_the_run_recorded(folder):

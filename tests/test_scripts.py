@@ -6,8 +6,9 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
-from runs import COMMON, STEPS, TEACHER, assert_same, make_images
+from runs import COMMON, ROOT, STEPS, TEACHER, assert_same, make_images
 
 import release
 import sample
@@ -132,6 +133,49 @@ def test_finished_or_different_runs_are_refused(results):
     assert before == {file: file.stat().st_mtime_ns for file in results.rglob("*") if file.is_file()}
 
 
+def test_a_run_goes_on_with_the_images_it_began_with(tmp_path, monkeypatch):
+    """Renamed classes would swap labels, more images the batches."""
+    data = make_images(tmp_path / "photos", ["ant", "bee"])
+    own = ["--data", str(data), *OWN, "--model", "DiT-Nano/4", "--sample-steps", "1", "--results-dir", str(tmp_path / "results")]
+    monkeypatch.setattr(Run, "asked_to_stop", lambda self, step, stop: step == 1)
+    train_teacher.main(own)
+    monkeypatch.undo()
+    (data / "ant").rename(data / "wasp")
+    with pytest.raises(ValueError, match=r"another run \(classes: \['bee', 'wasp'\], was \['ant', 'bee'\]\)"):
+        train_teacher.main(own)
+    (data / "wasp").rename(data / "ant")
+    (data / "bee/0.jpg").rename(tmp_path / "0.jpg")
+    with pytest.raises(ValueError, match=r"another run \(images: 11, was 12\)"):
+        train_teacher.main(own)
+    (tmp_path / "0.jpg").rename(data / "bee/0.jpg")
+    train_teacher.main(own)
+
+
+def test_one_process_trains_a_run(results, tmp_path, monkeypatch):
+    arguments = [*TEACHER, "--results-dir", str(tmp_path)]
+    monkeypatch.setattr(Run, "asked_to_stop", lambda self, step, stop: step == 3)
+    train_teacher_mnist.main(arguments)
+    monkeypatch.undo()
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.json*")}
+    with FileLock(tmp_path / "teacher-digits/.lock"), pytest.raises(ValueError, match="another process is training this run"):
+        train_teacher_mnist.main(arguments)
+    assert before == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.json*")}
+    train_teacher_mnist.main(arguments)
+    assert_same(results / "teacher-digits", tmp_path / "teacher-digits")
+
+
+def test_unknown_device():
+    with pytest.raises(ValueError, match="--device foo: must be auto, cuda, cuda:1"):
+        distributed.start("foo")
+
+
+def test_a_student_says_that_its_teacher_stopped_early(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Run, "asked_to_stop", lambda self, step, stop: step == 3)
+    train_teacher_mnist.main([*TEACHER, "--results-dir", str(tmp_path)])
+    train_student_mnist.main([*COMMON, "--results-dir", str(tmp_path)])
+    assert "ema.safetensors; note: it stopped after 3 of 6 updates" in capsys.readouterr().out
+
+
 def test_student_goes_on_without_its_teachers_folder(tmp_path, results, monkeypatch):
     """The run keeps a copy of its teacher, so a newer or vanished teacher run does not matter."""
     train_teacher_mnist.main([*TEACHER, "--results-dir", str(tmp_path), "--name", "t"])
@@ -154,6 +198,9 @@ def test_sample(results, tmp_path, capsys):
     single = np.asarray(Image.open(tmp_path / "s/1step/000003_class1.png"))
     assert np.array_equal(single, arrays[1]["arr_0"][3, :, :, 0])
     assert Image.open(tmp_path / "s/4step.gif").n_frames == 5 and (tmp_path / "s/2step.png").exists()
+
+    with pytest.raises(ValueError, match="2step holds images already, which these would mix with"):
+        sample.main([run, "--num-images", "4", "--num-steps", "2", "--formats", "png", "--out", str(tmp_path / "s"), "--device", "cpu"])
 
     sample.main([run, "--num-images", "20", "--formats", "grid", "npz", "--out", str(tmp_path / "t"), "--num-steps", "1",
                  "--batch-size", "7", "--device", "cpu"])
@@ -180,6 +227,7 @@ def test_sample(results, tmp_path, capsys):
     (["student-digits", "--classes", "eleven"], "eleven.*0, 1, 2"),
     (["teacher-digits", "--renoise", "True"], "only a student"),
     (["nowhere"], "no checkpoint"),
+    ([str(ROOT / "checkpoints/classifier-mnist.safetensors")], "is a classifier, a network of another kind"),
 ])
 def test_sample_errors(results, tmp_path, arguments, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):

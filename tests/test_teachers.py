@@ -8,36 +8,50 @@ import pytest
 import torch
 from runs import make_images
 
+from utils.checkpoints import write_weights
 from utils.config import RunConfig
 from utils.data import Images
 from utils.teachers import check_teacher, find_teacher
 
 
-def teacher_run(results, name: str, age: int, **config):
-    file = results / name / "checkpoints/step_00000001/ema.safetensors"
+def teacher_run(results, name: str, age: int, size: int = 32, step: int = 1, **config):
+    file = results / name / f"checkpoints/step_{step:08d}/ema.safetensors"
     file.parent.mkdir(parents=True)
-    file.write_bytes(b"")
+    write_weights(file, {"weight": torch.zeros(1)}, {"architecture": {"image_size": size}})
     os.utime(file, (1e9 - age, 1e9 - age))
-    (results / name / "config.json").write_text(json.dumps({"stage": "teacher", "data": "photos", "image_size": None, **config}))
+    config = {"stage": "teacher", "data": "photos", "image_size": None, "steps": 1, **config}
+    (results / name / "config.json").write_text(json.dumps(config))
     return file
 
 
 def test_newest_teacher_of_the_same_images_and_size(tmp_path):
-    large = teacher_run(tmp_path, "large", 3, image_size=64)
-    plain = teacher_run(tmp_path, "plain", 2)                   # of a path: 32 pixels
+    large = teacher_run(tmp_path, "large", 3, size=64, image_size=64)
+    plain = teacher_run(tmp_path, "plain", 2)
     named = teacher_run(tmp_path, "named", 1, data="cifar10")
+    resized = teacher_run(tmp_path, "resized", 1, size=16, image_size=16, data="cifar10")
     teacher_run(tmp_path, "student", 0, stage="student")
     assert find_teacher(None, str(tmp_path), "photos", 64) == large
     assert find_teacher(None, str(tmp_path), "photos", 32) == plain
     assert find_teacher(None, str(tmp_path), "cifar10", 32) == named
-    with pytest.raises(ValueError, match="no teacher for --data photos: none in"):
+    assert find_teacher(None, str(tmp_path), "cifar10", 16) == resized      # though a newer one has its own size by default
+    with pytest.raises(ValueError, match=r"no teacher for --data photos of size 48: none in .* \(.*large has size 64, .*plain has size 32"):
         find_teacher(None, str(tmp_path), "photos", 48)
+    plain.write_bytes(b"torn")
+    assert find_teacher(None, str(tmp_path), "photos", 32) == plain         # loading it says so
+
+
+def test_a_finished_teacher_goes_before_a_newer_one_that_stopped(tmp_path):
+    stopped = teacher_run(tmp_path, "stopped", 0, steps=5)
+    assert find_teacher(None, str(tmp_path), "photos", 32) == stopped
+    finished = teacher_run(tmp_path, "finished", 9, step=5, steps=5)
+    assert find_teacher(None, str(tmp_path), "photos", 32) == finished
 
 
 def test_a_slash_at_the_end_means_the_same_images(tmp_path):
     make_images(tmp_path / "photos", ["cat", "dog"])
     assert RunConfig(data=f"{tmp_path}/photos/") == RunConfig(data=f"{tmp_path}/photos")
-    assert RunConfig(data="/").data == "/"
+    assert RunConfig(data=f"{tmp_path}/../{tmp_path.name}/./photos") == RunConfig(data=f"{tmp_path}/photos")
+    assert RunConfig(data="/").data == "/" and RunConfig(data="./mnist").data == "./mnist"
 
 
 def test_classes_must_be_the_teachers_own_in_its_order():

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 FORMAT = "splitmeanflow/1"
+MODEL_FILE = "model.safetensors"                            # of a model folder, see `models.hub`
 STEP_FOLDER = re.compile(r"step_(\d{8})")
 
 
@@ -67,8 +68,12 @@ def write_weights(path: Path, weights: Mapping[str, Tensor], metadata: dict[str,
     write_tensors(path, weights, {"format": FORMAT, **{key: json.dumps(value) for key, value in metadata.items()}})
 
 
-def read_weights(path: Path | str, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read weights and metadata of one file.
+def read_weights(path: Path | str, device: torch.device | str = "cpu", only: Callable[[str], bool] = lambda name: True,
+                 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read weights and metadata of one file, of a model folder too, whose config.json holds the metadata.
+
+    Args:
+        only: which weights, by name.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -80,9 +85,12 @@ def read_weights(path: Path | str, device: torch.device | str = "cpu") -> tuple[
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             text = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}
+            weights = {name: file.get_tensor(name) for name in file.keys() if only(name)}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is torn or no safetensors file: {error}") from error
+    beside = path.with_name("config.json")
+    if path.name == MODEL_FILE and beside.is_file() and "architecture" in (config := json.loads(beside.read_text())):
+        return weights, {key: value for key, value in config.items() if key not in config["architecture"]}
     if text.pop("format", None) != FORMAT:
         raise CheckpointError(f"{path} is no checkpoint of this project: its metadata lacks format {FORMAT!r}")
     return weights, {key: json.loads(value) for key, value in text.items()}
@@ -188,7 +196,7 @@ def read_latest(folder: Path, names: Sequence[str], warn: Callable[[str], None],
 
 
 def resolve_weights(path: Path | str) -> Path:
-    """The EMA weights that a path means: a file itself, a checkpoint folder, or a run folder's newest checkpoint.
+    """The EMA weights that a path means: a file itself, a checkpoint folder, a run folder's newest checkpoint, or a model folder's.
 
     Raises:
         FileNotFoundError: there is nothing at that path.
@@ -199,8 +207,9 @@ def resolve_weights(path: Path | str) -> Path:
         return path
     if not path.is_dir():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    if (path / "ema.safetensors").is_file():
-        return path / "ema.safetensors"
+    for name in ("ema.safetensors", MODEL_FILE):
+        if (path / name).is_file():
+            return path / name
     folders = step_folders(path / "checkpoints") or step_folders(path)
     if not folders:
         raise CheckpointError(f"{path} holds no checkpoint (step_XXXXXXXX/ema.safetensors)")
@@ -249,6 +258,9 @@ def load_network(path: Path | str, network_class: Callable[..., nn.Module], devi
     except CheckpointError as error:
         earlier = [folder for folder in step_folders(file.parent.parent) if folder < file.parent]
         raise CheckpointError(f"{error}." + (f" The previous one is {earlier[-1]}" if earlier else "")) from error
-    network = network_class(**metadata["architecture"])
+    try:
+        network = network_class(**metadata["architecture"])
+    except TypeError as error:
+        raise CheckpointError(f"{file} is a {metadata['kind']}, a network of another kind than is needed here: {error}") from error
     network.load_state_dict(weights)
     return network.to(device).eval().requires_grad_(False), metadata

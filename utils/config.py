@@ -6,6 +6,7 @@ recipe. `utils/recipes.py` says what differs for another data set, so `--data di
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 import tyro
 
+from utils.recipes import TEACHER
 from utils.times import parse_law
 
 
@@ -46,7 +48,8 @@ class RunConfig:
     comet: Literal["auto", "offline", "off"] = "auto"      # auto: online if a comet.com key is configured, else offline
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "data", self.data.rstrip("/") or self.data)        # photos/ is photos
+        plain = self.data and os.path.normpath(self.data)                           # photos/ and ./photos are photos,
+        object.__setattr__(self, "data", self.data if plain in TEACHER else plain)          # but ./mnist is a folder
         for field in ("steps", "global_batch_size", "log_every", "sample_every", "save_every", "keep", "num_workers"):
             require(self, field, getattr(self, field) >= 1, "at least 1")
         require(self, "eval_every", self.eval_every is None or self.eval_every >= 1, "at least 1, or None")

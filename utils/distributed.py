@@ -83,10 +83,13 @@ def start(device: str) -> Ranks:
         device: "auto" (CUDA where there is one), "cuda", "cuda:1", "cpu", ...
 
     Raises:
-        ValueError: CUDA is asked for where there is none.
+        ValueError: no such device, or CUDA is asked for where there is none.
     """
     world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    try:
+        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    except RuntimeError:
+        raise ValueError(f"--device {device}: must be auto, cuda, cuda:1, ..., or cpu") from None
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: this machine has no CUDA device; use --device cpu")
     if chosen.type == "cuda":

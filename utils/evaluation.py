@@ -62,8 +62,9 @@ def classifier_judge(file: str | None, network_class: Callable[..., nn.Module], 
     """
     path = Path(file) if file else RELEASED / f"classifier-{Path(images.name).stem}.safetensors"
     if not path.is_file():
-        advice = (f"make one with python train_classifier.py --data {images.name} and name it with --classifier" if len(images.classes) > 1
-                  else "there can be none without classes: use --features inception")
+        advice = (f"make one with python train_classifier.py --data {images.name} --image-size {images.shape[-1]} and name it with "
+                  "--classifier" if len(images.classes) > 1 else
+                  "there can be none without classes: leave --eval-every out, and run evaluate.py --features inception on the checkpoints")
         raise FileNotFoundError(f"no classifier {path}; {advice}")
     network, metadata = load_network(path, network_class, ranks.device)
     if metadata["kind"] != "classifier":

@@ -19,14 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils import distributed
 from utils.checkpoints import read_weights, save_checkpoint, step_folders, write_weights
 from utils.config import differences, to_dict
+from utils.data import Images
 from utils.distributed import Ranks
 from utils.interrupt import StopRequest
+from utils.latents import Latents
 from utils.pictures import save_curves, save_gif, save_grid
 from utils.sharding import whole_weights
 
@@ -65,19 +68,21 @@ class Run:
         config: the script's Config; `steps`, `results_dir`, `name`, `comet` and `global_batch_size` are used here.
         stage: "teacher" or "student".
         ranks: this process among all.
+        images: what is learned from; a run goes on with as many images of the same classes as it began with.
 
     Raises:
         ValueError: the folder is a finished run's, another run's, or holds something else.
     """
 
-    def __init__(self, config: Any, stage: str, ranks: Ranks):
+    def __init__(self, config: Any, stage: str, ranks: Ranks, images: Images | Latents):
         self.config, self.ranks = config, ranks
         self.name = config.name or f"{stage}-{Path(config.data).stem}"
         self.folder = Path(config.results_dir) / self.name
         self.checkpoints = self.folder / "checkpoints"
-        self.description = {"stage": stage, **to_dict(config)}
+        self.description = {"stage": stage, **to_dict(config), "images": len(images), "classes": images.classes}
         self.refuse_foreign_folder()
         self.bar = self.comet = None
+        self.lock = FileLock(self.folder / ".lock")         # held from `start` to the end of `with run`, by rank 0
         self.seconds_before, self.opened, self.logged = 0.0, time.monotonic(), (0, time.monotonic())
         self.drawn = self.opened
 
@@ -88,7 +93,8 @@ class Run:
         other_name = "choose another --name, or move the folder away"
         if not file.exists():
             raise ValueError(f"{self.folder} exists and is no run folder; {other_name}")
-        changed = differences(json.loads(file.read_text()), self.description)
+        began = json.loads(file.read_text())
+        changed = differences({"images": self.description["images"], "classes": self.description["classes"], **began}, self.description)
         if changed:
             raise ValueError(f"{self.folder} is another run ({'; '.join(changed)}); {other_name}")
         if step_folders(self.checkpoints) and step_folders(self.checkpoints)[-1].name == f"step_{self.config.steps:08d}":
@@ -98,16 +104,23 @@ class Run:
         """Open the folder; training goes on after `step` updates that took `seconds`.
 
         Metrics of later steps, from a start that was cut off before it saved them, are dropped: they come again.
+
+        Raises:
+            ValueError: another process is training this run.
         """
         self.ranks.wait()                                   # every rank has checked before the main one writes
         if self.ranks.is_main:
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+            try:
+                self.lock.acquire(timeout=0)
+            except Timeout:
+                raise ValueError(f"{self.folder}: another process is training this run; wait for it, or choose another --name") from None
             write_text(self.folder / "config.json", json.dumps(self.description, indent=2) + "\n")
             starts_file, ran_on = self.folder / "environment.json", environment(self.ranks)
             starts = json.loads(starts_file.read_text()) if starts_file.exists() else []
             write_text(starts_file, json.dumps([*starts, {**ran_on, "after_step": step}], indent=2) + "\n")
-            for file in (self.folder / "metrics.jsonl", self.folder / "evaluations.jsonl"):
-                lines = file.read_text().splitlines() if file.exists() else []
+            for file in filter(Path.exists, (self.folder / "metrics.jsonl", self.folder / "evaluations.jsonl")):
+                lines = file.read_text().splitlines()
                 complete = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
                 write_text(file, "".join(line + "\n" for line in complete))
             self.comet = start_comet(self.config.comet, self.folder, self.name, self.note)
@@ -117,14 +130,16 @@ class Run:
             self.bar = tqdm(total=self.config.steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
         self.seconds_before, self.opened, self.logged = seconds, time.monotonic(), (step, time.monotonic())
 
-    def keep_teacher(self, path: Path) -> None:
+    def keep_teacher(self, path: Path, metadata: dict[str, Any]) -> None:
         """Copy a student's teacher into the folder: the run goes on whatever becomes of the teacher's own folder."""
         copy = self.folder / "teacher.safetensors"
         if self.ranks.is_main and not copy.exists():
             temporary = copy.with_name(f".{copy.name}.writing")
             shutil.copyfile(path, temporary)
             os.replace(temporary, copy)
-            self.note(f"teacher {path}")
+            done, wanted = metadata.get("step"), metadata["config"].get("steps")
+            unfinished = done is not None and wanted is not None and done < wanted
+            self.note(f"teacher {path}" + (f"; note: it stopped after {done} of {wanted} updates" if unfinished else ""))
 
     @property
     def seconds(self) -> float:
@@ -231,6 +246,7 @@ class Run:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self.lock.release()
         if self.bar is not None:
             self.bar.close()
         if error is None and self.ranks.is_main:

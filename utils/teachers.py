@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from utils.autoencoder import same_autoencoder
-from utils.checkpoints import resolve_weights, step_folders
-from utils.data import NAMES, PATH_SIZE, Images
-from utils.latents import Latents, is_latents
+from utils.checkpoints import CheckpointError, read_weights, resolve_weights, step_folders
+from utils.data import Images
+from utils.latents import Latents
 
 RELEASED = Path(__file__).parent.parent / "checkpoints"
 
@@ -18,7 +18,7 @@ def find_teacher(teacher: str | None, results_dir: str, data: str, image_size: i
 
     Args:
         teacher: a file, checkpoint folder or run folder; None for the newest teacher run in `results_dir` on the same data
-            and size, else the released one.
+            and size, a finished one if there is any, else the released one.
 
     Raises:
         FileNotFoundError, CheckpointError: `teacher` is given and is none.
@@ -26,21 +26,30 @@ def find_teacher(teacher: str | None, results_dir: str, data: str, image_size: i
     """
     if teacher is not None:
         return resolve_weights(teacher)
-    runs = []
+    runs, sizes = [], []
     for file in Path(results_dir).glob("*/config.json"):
         config = json.loads(file.read_text())
-        size = config.get("image_size") or (image_size if data in NAMES or is_latents(Path(data)) else PATH_SIZE)      # as `load_data`
-        same = config.get("stage") == "teacher" and config["data"] == data and size == image_size
-        if same and (folders := step_folders(file.parent / "checkpoints")):
-            runs.append(folders[-1] / "ema.safetensors")
+        if config.get("stage") != "teacher" or config["data"] != data or not (folders := step_folders(file.parent / "checkpoints")):
+            continue
+        path = folders[-1] / "ema.safetensors"
+        try:
+            size = read_weights(path, only=lambda name: False)[1]["architecture"]["image_size"]
+        except CheckpointError:
+            size = image_size                               # whoever loads it is told
+        if size == image_size:
+            runs.append((folders[-1].name == f"step_{config['steps']:08d}", path.stat().st_mtime, path))
+        else:
+            sizes.append(f"{file.parent} has size {size}")
     if runs:
-        return max(runs, key=lambda path: path.stat().st_mtime)
+        return max(runs)[-1]
     released = RELEASED / f"teacher-{Path(data).stem}.safetensors"
     if released.is_file():
         return released
     script = "train_teacher_mnist.py" if data in ("mnist", "digits") else "train_teacher.py"
-    raise ValueError(f"no teacher for --data {data}: none in {results_dir}, none released ({released}). "
-                     f"Run python {script} --data {data} first, or name one with --teacher")
+    raise ValueError(f"no teacher for --data {data} of size {image_size}: none in {results_dir}"
+                     + (f" ({', '.join(sorted(sizes))}: say so with --image-size)" if sizes else "")
+                     + f", none released ({released}). Run python {script} --data {data}, with the --image-size of this command if it has "
+                     "one, or name a teacher with --teacher")
 
 
 def check_teacher(path: Path, metadata: dict, images: Images | Latents, model: str | None) -> None:
