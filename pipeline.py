@@ -84,15 +84,16 @@ class SplitMeanFlowPipeline:
     def classes(self) -> list[str]:
         return self.information["classes"]
 
-    def labels(self, class_labels: Sequence[int | str] | Tensor | None, batch_size: int) -> Tensor:
-        """Class indices (B,) from numbers or names; None for `batch_size` images without a class.
+    def labels(self, class_labels: int | str | Sequence[int | str] | Tensor | None, batch_size: int) -> Tensor:
+        """Class indices (B,) from numbers or names, or a single one; None for `batch_size` images without a class.
 
         Raises:
             ValueError: an unknown class.
         """
         if class_labels is None:
             return torch.full((batch_size,), self.network.null_class)
-        labels = class_labels.tolist() if isinstance(class_labels, Tensor) else list(class_labels)
+        given = class_labels.tolist() if isinstance(class_labels, Tensor) else class_labels
+        labels = [given] if isinstance(given, int | str) else list(given)
         known = {**{i: i for i in range(self.network.null_class)}, **{name: i for i, name in enumerate(self.classes)}}
         unknown = [label for label in labels if label not in known]
         if unknown or not labels:
@@ -112,14 +113,14 @@ class SplitMeanFlowPipeline:
         return torch.randn(count, *shape, generator=generator, device=device).to(self.device)
 
     @torch.no_grad()
-    def __call__(self, class_labels: Sequence[int | str] | Tensor | None = None, num_inference_steps: int | None = None,
+    def __call__(self, class_labels: int | str | Sequence[int | str] | Tensor | None = None, num_inference_steps: int | None = None,
                  generator: Generator | Sequence[Generator] | None = None, guidance_scale: float | None = None,
                  output_type: Literal["pil", "np", "pt"] = "pil", batch_size: int = 1) -> PipelineOutput:
         """Draw images.
 
         Args:
-            class_labels: one image each, class numbers or names; None: no class, which a student of images with classes has
-                not learnt (it learns its teacher's guided velocity, of a class), so that its images are poorer.
+            class_labels: one image each, class numbers or names, or a single one; None: no class, which a student of images with
+                classes has not learnt (it learns its teacher's guided velocity, of a class), so that its images are poorer.
             num_inference_steps: None for 1 with a student and 25 with a teacher.
             generator: of the noise; one for all images, or one for each.
             guidance_scale: teachers only; None for 1. A student has its guidance inside.

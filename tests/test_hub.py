@@ -93,6 +93,8 @@ def test_pipeline_of_a_student(results, folder):
     expected = sample_average_velocity(pipe.network, z, torch.tensor([1, 7, 7]), 2).clamp(-1, 1)
     images = pipe([1, "7", 7], 2, torch.manual_seed(4), output_type="pt").images
     assert torch.equal(images, expected)
+    for one in (7, "7", torch.tensor(7), [7]):
+        assert pipe.labels(one, 1).tolist() == [7]
     pictures = pipe(class_labels=torch.tensor([1, 7, 7]), num_inference_steps=2, generator=torch.manual_seed(4)).images
     arrays = pipe([1, 7, 7], 2, torch.manual_seed(4), output_type="np").images
     assert arrays.shape == (3, 8, 8, 1) and arrays.dtype == np.uint8
