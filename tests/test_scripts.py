@@ -164,6 +164,15 @@ def test_one_process_trains_a_run(results, tmp_path, monkeypatch):
     assert_same(results / "teacher-digits", tmp_path / "teacher-digits")
 
 
+def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch, capsys):
+    def acquire(self, timeout):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    train_teacher_mnist.main([*TEACHER, "--results-dir", str(tmp_path)])
+    assert "this file system has no locks" in capsys.readouterr().out
+
+
 def test_unknown_device():
     with pytest.raises(ValueError, match="--device foo: must be auto, cuda, cuda:1"):
         distributed.start("foo")

@@ -115,6 +115,8 @@ class Run:
                 self.lock.acquire(timeout=0)
             except Timeout:
                 raise ValueError(f"{self.folder}: another process is training this run; wait for it, or choose another --name") from None
+            except NotImplementedError:
+                self.note("note: this file system has no locks; see to it that one process at a time trains this run")
             write_text(self.folder / "config.json", json.dumps(self.description, indent=2) + "\n")
             starts_file, ran_on = self.folder / "environment.json", environment(self.ranks)
             starts = json.loads(starts_file.read_text()) if starts_file.exists() else []
