@@ -152,11 +152,11 @@ def label(checkpoint: Path) -> str:
 
 def free_folder(folder: Path, config: dict[str, Any]) -> Path:
     """The folder itself, or the first of folder-2, folder-3, ... that holds no evaluation by other flags."""
-    for i in itertools.count(2):
-        file = folder / "metrics.json"
+    for i in itertools.count(1):
+        numbered = folder if i == 1 else folder.with_name(f"{folder.name}-{i}")
+        file = numbered / "metrics.json"
         if not file.is_file() or json.loads(file.read_text())["config"] == config:
-            return folder
-        folder = folder.with_name(f"{folder.name if i == 2 else folder.name.rpartition('-')[0]}-{i}")
+            return numbered
 
 
 @torch.no_grad()

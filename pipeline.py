@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 
 from models import DiT, SiT, build_network, from_pretrained
 from utils.autoencoder import load_autoencoder
-from utils.checkpoints import load_network
+from utils.checkpoints import load_network, save_model_folder
 from utils.data import to_pixels
 from utils.guidance import guided_velocity
 from utils.sampling import sample_average_velocity, sample_velocity
@@ -68,7 +68,7 @@ class SplitMeanFlowPipeline:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors and, if there is none, a short model card."""
-        self.network.save_pretrained(folder, config={**self.network.architecture, **self.information})
+        save_model_folder(Path(folder), self.network, {"architecture": self.network.architecture, **self.information})
 
     def to(self, device: torch.device | str) -> Self:
         """Move network and autoencoder."""

@@ -16,7 +16,7 @@ import torch
 import tyro
 
 from models import build_network
-from utils.checkpoints import read_weights, resolve_weights, write_weights
+from utils.checkpoints import read_weights, resolve_weights, save_model_folder, write_weights
 from utils.config import FREE_FIELDS, parse_config, require
 from utils.model_card import model_card
 
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     (temporary / "README.md").write_text(card)
-    network.bfloat16().save_pretrained(temporary, config={**metadata["architecture"], **metadata})
+    save_model_folder(temporary, network.bfloat16(), metadata)
     stale = target.with_name(f".{target.name}.stale")
     if target.exists():
         os.replace(target, stale)

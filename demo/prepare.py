@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import tyro
 
 import export
-from utils.checkpoints import read_weights, resolve_weights
+from utils.checkpoints import read_metadata, resolve_weights
 from utils.config import parse_config
 
 HERE = Path(__file__).parent
@@ -35,7 +35,7 @@ def describe(student: str, folder: Path) -> dict[str, Any]:
         ValueError: it is no student, or makes latents, which the page cannot decode.
     """
     source = resolve_weights(student)
-    _, metadata = read_weights(source)
+    metadata = read_metadata(source)
     if metadata.get("autoencoder"):
         raise ValueError(f"{student} makes latents; the page shows pixels only")
     name = source.stem if source.stem != "ema" else Path(student).resolve().name

@@ -39,11 +39,10 @@ def test_a_folder_holds_the_ema_weights(results, folder):
 
 def test_a_folder_is_read_where_a_checkpoint_is(results, folder, tmp_path):
     found, metadata = load_network(folder, build_network)
-    _, expected = load_network(results / "student-digits", build_network)
+    network, expected = load_network(results / "student-digits", build_network)
     assert metadata["architecture"] == expected["architecture"] and metadata["classes"] == expected["classes"]
     assert {"kind", "step", "teacher", "config"} <= set(metadata)
-    expected_weights = load_network(results / "student-digits", build_network)[0].state_dict()
-    assert all(torch.equal(weight, expected_weights[name].bfloat16().float()) for name, weight in found.state_dict().items())
+    assert all(torch.equal(weight, network.state_dict()[name].bfloat16().float()) for name, weight in found.state_dict().items())
     sample.main([str(folder), "--num-images", "1", "--num-steps", "1", "--formats", "npz", "--out", str(tmp_path), "--device", "cpu"])
     assert (tmp_path / "1step.npz").is_file()
 
@@ -122,6 +121,8 @@ def test_saving_a_pipeline(folder, tmp_path):
     again = SplitMeanFlowPipeline.from_pretrained(tmp_path / "again")
     assert again.information == pipe.information and again.classes == [str(digit) for digit in range(10)]
     assert json.loads((tmp_path / "again/config.json").read_text())["preset"] == "DiT-Nano/4"
+    network, metadata = load_network(tmp_path / "again", build_network)          # and sample.py reads it
+    assert metadata == {"architecture": network.architecture, **pipe.information}
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

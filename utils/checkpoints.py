@@ -15,8 +15,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,32 +68,59 @@ def write_weights(path: Path, weights: Mapping[str, Tensor], metadata: dict[str,
     write_tensors(path, weights, {"format": FORMAT, **{key: json.dumps(value) for key, value in metadata.items()}})
 
 
-def read_weights(path: Path | str, device: torch.device | str = "cpu", only: Callable[[str], bool] = lambda name: True,
-                 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read weights and metadata of one file, of a model folder too, whose config.json holds the metadata.
+def save_model_folder(folder: Path, network: nn.Module, metadata: dict[str, Any]) -> None:
+    """Write a network as a model folder: its own `save_pretrained`, in which the weights are a checkpoint's file too.
 
     Args:
-        only: which weights, by name.
+        network: of `models`, in the precision that it is to have there.
+        metadata: "kind", "architecture", "config", ...; see `read_weights`.
+    """
+    information = {key: value for key, value in metadata.items() if key != "architecture"}
+    network.save_pretrained(folder, config={**metadata["architecture"], **information})
+    write_weights(folder / MODEL_FILE, network.state_dict(), metadata)
+
+
+@contextmanager
+def opened(path: Path | str, device: torch.device | str = "cpu") -> Iterator[Any]:
+    """One safetensors file, to read from.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is torn, or something else.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint file {path}")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is torn or no safetensors file: {error}") from error
+
+
+def read_metadata(path: Path | str) -> dict[str, Any]:
+    """What one file says of its weights, which are not read.
 
     Raises:
         FileNotFoundError: there is no such file.
         CheckpointError: it is torn, or not one of ours.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint file {path}")
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            text = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys() if only(name)}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is torn or no safetensors file: {error}") from error
-    beside = path.with_name("config.json")
-    if path.name == MODEL_FILE and beside.is_file() and "architecture" in (config := json.loads(beside.read_text())):
-        return weights, {key: value for key, value in config.items() if key not in config["architecture"]}
+    with opened(path) as file:
+        text = file.metadata() or {}
     if text.pop("format", None) != FORMAT:
         raise CheckpointError(f"{path} is no checkpoint of this project: its metadata lacks format {FORMAT!r}")
-    return weights, {key: json.loads(value) for key, value in text.items()}
+    return {key: json.loads(value) for key, value in text.items()}
+
+
+def read_weights(path: Path | str, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read weights and metadata of one file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is torn, or not one of ours.
+    """
+    with opened(path, device) as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}
+    return weights, read_metadata(path)
 
 
 def flush(path: Path) -> None:
@@ -108,6 +135,12 @@ def flush(path: Path) -> None:
 def step_folders(folder: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     return sorted(path for path in folder.glob("step_*") if STEP_FOLDER.fullmatch(path.name))
+
+
+def is_finished(folder: Path, steps: int) -> bool:
+    """Whether the newest checkpoint of a run is that of its last update."""
+    folders = step_folders(folder)
+    return bool(folders) and folders[-1].name == f"step_{steps:08d}"
 
 
 def save_checkpoint(folder: Path, step: int, networks: Mapping[str, Mapping[str, Tensor]], training: dict[str, Any],

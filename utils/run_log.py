@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils import distributed
-from utils.checkpoints import read_weights, save_checkpoint, step_folders, write_weights
+from utils.checkpoints import is_finished, read_metadata, save_checkpoint, write_weights
 from utils.config import differences, to_dict
 from utils.data import Images
 from utils.distributed import Ranks
@@ -97,7 +97,7 @@ class Run:
         changed = differences({"images": self.description["images"], "classes": self.description["classes"], **began}, self.description)
         if changed:
             raise ValueError(f"{self.folder} is another run ({'; '.join(changed)}); {other_name}")
-        if step_folders(self.checkpoints) and step_folders(self.checkpoints)[-1].name == f"step_{self.config.steps:08d}":
+        if is_finished(self.checkpoints, self.config.steps):
             raise ValueError(f"{self.folder} is finished at step {self.config.steps}; {other_name}")
 
     def start(self, step: int, seconds: float) -> None:
@@ -214,7 +214,7 @@ class Run:
             self.comet.log_metrics(numbers, step=step)
         name, value = next(iter(numbers.items()))
         best = self.folder / "best.safetensors"
-        if not best.exists() or value < read_weights(best)[1]["best"][name]:
+        if not best.exists() or value < read_metadata(best)["best"][name]:
             write_weights(best, weights, {**metadata, "step": step, "weights": "ema", "best": numbers})
 
     def advance(self) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.autoencoder import same_autoencoder
-from utils.checkpoints import CheckpointError, read_weights, resolve_weights, step_folders
+from utils.checkpoints import CheckpointError, is_finished, read_metadata, resolve_weights, step_folders
 from utils.data import Images
 from utils.latents import Latents
 
@@ -33,11 +33,11 @@ def find_teacher(teacher: str | None, results_dir: str, data: str, image_size: i
             continue
         path = folders[-1] / "ema.safetensors"
         try:
-            size = read_weights(path, only=lambda name: False)[1]["architecture"]["image_size"]
+            size = read_metadata(path)["architecture"]["image_size"]
         except CheckpointError:
             size = image_size                               # whoever loads it is told
         if size == image_size:
-            runs.append((folders[-1].name == f"step_{config['steps']:08d}", path.stat().st_mtime, path))
+            runs.append((is_finished(file.parent / "checkpoints", config["steps"]), path.stat().st_mtime, path))
         else:
             sizes.append(f"{file.parent} has size {size}")
     if runs:

@@ -32,9 +32,9 @@ def mixed_leg() -> None:
 def in_steps(average: AverageVelocity, count: int) -> AverageVelocity:
     """The average velocity of `count` equal steps in a row."""
     def several(z_t: Tensor, r: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        times = [torch.lerp(t, r, i / count) for i in range(count + 1)]
+        ends = [torch.lerp(t, r, i / count) for i in range(count + 1)]
         velocities = []
-        for start, end in zip(times, times[1:]):
+        for start, end in zip(ends, ends[1:]):
             velocities.append(average(z_t, end, start, y))
             z_t = step(z_t, end, start, velocities[-1])
         return torch.stack(velocities).mean(0)
@@ -93,6 +93,11 @@ def pin_by_count() -> None:
     change([times], "sampling_intervals", intervals)
 
 
+def mix(v: Velocity, null_class: int, guidance_scale: float, share: Tensor, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    """v guided by a scale that is 1 where share is 0 and guidance_scale where it is 1; share: (B,)."""
+    return torch.lerp(v(z, t, torch.full_like(y, null_class)), v(z, t, y), pad_like(1 + (guidance_scale - 1) * share, z))
+
+
 def soft_guidance(width: float) -> None:
     """Guidance rises and falls over `width` around the ends of its interval: a leg sees it at its middle alone, so edges make jumps."""
     def soft(v: Velocity, null_class: int, guidance_scale: float, interval: tuple[float, float]) -> Velocity:
@@ -100,7 +105,7 @@ def soft_guidance(width: float) -> None:
 
         def guided(z: Tensor, t: Tensor, y: Tensor) -> Tensor:
             share = ((t - low) / width + 0.5).clamp(0, 1) * ((high - t) / width + 0.5).clamp(0, 1)
-            return torch.lerp(v(z, t, torch.full_like(y, null_class)), v(z, t, y), pad_like(1 + (guidance_scale - 1) * share, z))
+            return mix(v, null_class, guidance_scale, share, z, t, y)
 
         return guided
 
@@ -112,21 +117,19 @@ def mean_guidance() -> None:
     def guided_velocity(v: Velocity, null_class: int, guidance_scale: float, interval: tuple[float, float]) -> Callable[..., Tensor]:
         low, high = interval
 
-        def guided(z: Tensor, t: Tensor, y: Tensor, start: Tensor | None = None, end: Tensor | None = None) -> Tensor:
-            start, end = (t, t) if start is None or end is None else (start, end)
+        def guided(z: Tensor, t: Tensor, y: Tensor, leg: tuple[Tensor, Tensor] | None = None) -> Tensor:
+            start, end = leg or (t, t)
             inside = (end.clamp(low, high) - start.clamp(low, high)) / (end - start).clamp(min=1e-6)
             inside = torch.where(end > start, inside, ((t >= low) & (t <= high)).to(t.dtype))
-            return torch.lerp(v(z, t, torch.full_like(y, null_class)), v(z, t, y), pad_like(1 + (guidance_scale - 1) * inside, z))
+            return mix(v, null_class, guidance_scale, inside, z, t, y)
 
         return guided
 
+    plain = losses.one_step
+
     def one_step(v: Callable[..., Tensor], leg: Leg) -> AverageVelocity:
-        def step_of_leg(z_t: Tensor, r: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            return losses_one_step(lambda z, time, label: v(z, time, label, r, t), leg)(z_t, r, t, y)
+        return lambda z_t, r, t, y: plain(lambda z, time, label: v(z, time, label, (r, t)), leg)(z_t, r, t, y)
 
-        return step_of_leg
-
-    losses_one_step = losses.one_step
     change([*STUDENTS, perfect_student], "guided_velocity", guided_velocity)
     change([losses, splitting_bias], "one_step", one_step)
 
@@ -139,9 +142,7 @@ def wider_modulation(factor: int) -> None:
         student = build_network(**{**narrow.architecture, "modulation_rank": rank}).to(teacher.position.device)
         given = student.state_dict()
         for name, weight in narrow.state_dict().items():
-            part = {"down.weight": (slice(len(weight)),), "up.weight": (slice(None), slice(weight.shape[-1]))}
-            inside = next((part[end] for end in part if name.endswith(f"modulation.{end}")), ...)
-            given[name][inside] = weight                    # the rest of up.weight is zero
+            given[name][tuple(map(slice, weight.shape))] = weight       # the first channels; up.weight is zero for the rest
         return student
 
     change(STUDENTS, "student_from_teacher", wider)
