@@ -20,6 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from models import PRESETS, Classifier, DiT
 from utils import distributed, recipes
+from utils.augmentation import AUGMENT_DIM, augment, check_augment, draw_augment_labels
 from utils.autoencoder import load_autoencoder
 from utils.checkpoints import read_latest, start_from, step_folders
 from utils.config import RunConfig, check_law, parse_config, require, to_dict
@@ -55,6 +56,7 @@ class Config(RunConfig):
     ema_decay: float = 0.9995                   # of the averaged weights, which are what is sampled and released
     t_law: str = "logit-normal(0, 1)"           # draws of t: uniform, or logit-normal(loc, scale)
     label_dropout: float = 0.1                  # share of labels replaced by "no class"
+    augment: float = 0.0                        # chance that an image is scaled, stretched, rotated, shifted (each); the network is told
     guidance_scale: tuple[float, ...] = (1.0, 2.5, 5.0)     # of the sample grids; the GIF takes the middle one
     sample_steps: int = 25                      # Euler steps of the sample grids
 
@@ -66,7 +68,7 @@ class Config(RunConfig):
             require(self, field, 0 < getattr(self, field) < math.inf, "above 0")
         for field in ("warmup_steps", "weight_decay"):
             require(self, field, 0 <= getattr(self, field) < math.inf, "at least 0")
-        for field in ("label_dropout", "ema_decay", "decay_share"):
+        for field in ("label_dropout", "ema_decay", "decay_share", "augment"):
             require(self, field, 0 <= getattr(self, field) < 1, "in [0, 1)")
         scales = self.guidance_scale
         require(self, "guidance_scale", len(scales) > 0 and all(map(math.isfinite, scales)), "one or more numbers")
@@ -81,12 +83,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Data and network.
     images = load_data(cfg.data, cfg.data_root, cfg.image_size, cfg.num_workers)
     check_guidance(images, cfg.guidance_scale)
+    check_augment(images, cfg.augment)
     decode = load_autoencoder(images.autoencoder, cfg.autoencoder, device).decode        # from latents to images; pixels stay
     batches = Batches(images, cfg.global_batch_size, cfg.seed, ranks)
     evaluate = cfg.eval_every and QuickEvaluation(cfg.classifier, Classifier, images, ranks, cfg.results_dir)
     run = Run(cfg, "teacher", ranks, images)
     torch.manual_seed(fold(cfg.seed, "weights"))            # alike on every rank
-    network = DiT(cfg.model, images.shape[1], images.shape[0], len(images.classes)).to(device)
+    augment_dim = AUGMENT_DIM if cfg.augment else 0
+    network = DiT(cfg.model, images.shape[1], images.shape[0], len(images.classes), augment_dim=augment_dim).to(device)
     if cfg.start_from and not step_folders(run.checkpoints):
         start_from(network, cfg.start_from)
     ema = ModelEmaV3(network, decay=cfg.ema_decay, use_warmup=True, warmup_gamma=9, warmup_power=1, exclude_buffers=True)
@@ -108,10 +112,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if cfg.compile and device.type == "cuda":
         network.compile_blocks()
 
-    def forward_backward(x: Tensor, eps: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor]:
+    def forward_backward(x: Tensor, eps: Tensor, t: Tensor, y: Tensor, augment_labels: Tensor | None = None) -> tuple[Tensor]:
         """Loss of this rank's rows; leaves its gradients in the network."""
         with ranks.autocast():
-            loss = flow_matching_loss(network.velocity, x, eps, t, y).mean()
+            loss = flow_matching_loss(partial(network.velocity, augment_labels=augment_labels), x, eps, t, y).mean()
         loss.backward()
         return (loss,)
 
@@ -133,7 +137,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             coin = ranks.rows(torch.rand(cfg.global_batch_size, generator=draw, device=device))
             y = drop_labels(y, network.null_class, cfg.label_dropout, coin)
 
-            (loss,) = forward_backward(x, eps, t, y)
+            if cfg.augment:
+                augment_labels = ranks.rows(draw_augment_labels(cfg.global_batch_size, cfg.augment, draw))
+                (loss,) = forward_backward(augment(x, augment_labels), eps, t, y, augment_labels)
+            else:
+                (loss,) = forward_backward(x, eps, t, y)
             ranks.average_gradients(network)
             grad_norm = whole(clip_grad_norm_(network.parameters(), cfg.max_grad_norm))
             lr_factor = learning_rate_factor(step, cfg.steps, cfg.warmup_steps, cfg.decay_share)

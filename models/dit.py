@@ -176,13 +176,14 @@ class DiT(Transformer):
         interval: a student's network, which sees the interval t - r. A teacher's (False) has no such input and is only
             ever called at r = t.
         modulation_rank: rank of adaLN; None for width / 8.
+        augment_dim: how many numbers say what was done to a training image; see `utils.augmentation`. A teacher's; 0 for none.
 
     Raises:
         ValueError: an unknown preset, a size that the patch does not divide, or a negative count.
     """
 
     def __init__(self, preset: str, image_size: int, num_channels: int, num_classes: int, interval: bool = False,
-                 modulation_rank: int | None = None):
+                 modulation_rank: int | None = None, augment_dim: int = 0):
         super().__init__()
         if preset not in PRESETS:
             raise ValueError(f"unknown model {preset!r}; known are {', '.join(PRESETS)}")
@@ -193,7 +194,7 @@ class DiT(Transformer):
             raise ValueError(f"num_channels must be at least 1 and num_classes at least 0, not {num_channels} and {num_classes}")
         rank = size.width // 8 if modulation_rank is None else modulation_rank
         self.architecture = dict(preset=preset, image_size=image_size, num_channels=num_channels, num_classes=num_classes,
-                                 interval=interval, modulation_rank=rank)
+                                 interval=interval, modulation_rank=rank, **({"augment_dim": augment_dim} if augment_dim else {}))
         self.patch_size, self.grid_size = patch_size, image_size // patch_size
         self.null_class = num_classes
 
@@ -202,6 +203,7 @@ class DiT(Transformer):
         self.time_embed = TimeEmbedding(size.width)
         self.interval_embed = TimeEmbedding(size.width) if interval else None
         self.label_embed = nn.Embedding(num_classes + 1, size.width)
+        self.augment_embed = nn.Linear(augment_dim, size.width, bias=False) if augment_dim else None
         self.blocks = nn.ModuleList(Block(size.width, size.num_heads, rank) for _ in range(size.depth))
         self.final = Final(size.width, patch_size**2 * num_channels, rank)
         cos, sin = rotary_table(self.grid_size, size.width // size.num_heads)
@@ -225,14 +227,17 @@ class DiT(Transformer):
         # The interval starts unseen, so that a student made from a teacher is the teacher: u(z, r, t, y) = v(z, t, y).
         if self.interval_embed is not None:
             nn.init.zeros_(self.interval_embed.out.weight)
+        if self.augment_embed is not None:
+            nn.init.zeros_(self.augment_embed.weight)
 
-    def forward(self, z: Tensor, r: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def forward(self, z: Tensor, r: Tensor, t: Tensor, y: Tensor, augment_labels: Tensor | None = None) -> Tensor:
         """Average velocity over [r, t] of the trajectory that is at z at time t; z_r = z - (t - r) u.
 
         Args:
             z: images at time t, (B, C, H, W).
             r, t: ends of the interval, (B,), 0 <= r <= t <= 1; 0 is data, 1 is noise.
             y: class labels, (B,) long, 0 to num_classes; num_classes means "no class".
+            augment_labels: what was done to the images of a training batch, (B, augment_dim); None for nothing.
 
         Returns:
             (B, C, H, W), float32.
@@ -243,6 +248,8 @@ class DiT(Transformer):
         c = self.time_embed(t) + self.label_embed(y)
         if self.interval_embed is not None:
             c = c + self.interval_embed(t - r)
+        if augment_labels is not None:
+            c = c + self.augment_embed(augment_labels)
         c = F.silu(c)                                                               # (B, D)
         x = self.through_blocks(x, c, self.rotary_cos, self.rotary_sin)
         x = self.final(x, c)                                                        # (B, T, p * p * C)

@@ -48,8 +48,10 @@ def student_from_teacher(teacher: DiT | SiT) -> DiT | SiT:
     """
     if teacher.interval_embed is not None:
         raise ValueError("the teacher has an interval embedding: it is a student's network, and cannot teach velocities")
-    student = build_network(**{**teacher.architecture, "interval": True}).to(teacher.position.device)
-    result = student.load_state_dict(teacher.state_dict(), strict=False)
+    architecture = {key: value for key, value in teacher.architecture.items() if key != "augment_dim"}      # a student sees samples only
+    student = build_network(**{**architecture, "interval": True}).to(teacher.position.device)
+    weights = {name: weight for name, weight in teacher.state_dict().items() if name != "augment_embed.weight"}
+    result = student.load_state_dict(weights, strict=False)
     allowed = {name for name in student.state_dict() if name.startswith("interval_embed.")}
     if set(result.missing_keys) != allowed or result.unexpected_keys:
         raise RuntimeError(f"the teacher's weights do not fit: missing {result.missing_keys}, unexpected {result.unexpected_keys}; "

@@ -62,6 +62,6 @@ class Transformer(nn.Module, HubModel):
         for part in (*self.stacks, self.final):
             part.compile(dynamic=False)
 
-    def velocity(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Instantaneous velocity v(z, t, y), which is u(z, t, t, y) by definition. Shapes as in `forward`."""
-        return self(z, t, t, y)
+    def velocity(self, z: Tensor, t: Tensor, y: Tensor, **told: Tensor) -> Tensor:
+        """Instantaneous velocity v(z, t, y), which is u(z, t, t, y) by definition. Shapes, and what else may be told, as in `forward`."""
+        return self(z, t, t, y, **told)

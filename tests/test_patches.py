@@ -13,9 +13,12 @@ import train_teacher_mnist
 from benchmarks.ablations import changes, network_patches, patches, student_patches
 from models import DiT
 from utils import losses as losses_module
+from utils.checkpoints import write_weights
+from utils.flow import step
 from utils.losses import anchored_splitting_loss, squared_error
 
-OF_STUDENTS = {"mixed-leg", "own-leg-in-two", "pin-by-count", "pin-chain", "pin-data-end", "soft-guidance", "warm-start"}
+OF_STUDENTS = {"deeper", "mixed-leg", "own-leg-in-two", "pin-by-count", "pin-chain", "pin-data-end", "soft-guidance", "three-hops",
+               "two-hops", "warm-start"}
 TESTED_BELOW = {"heads-of-128", "compile-whole", "two-steps", "shared-states", "mean-guidance", "wider-modulation"}
 
 
@@ -131,6 +134,50 @@ def test_two_midpoint_steps_are_a_finer_leg(legs, undo):
     patches.PATCHES["two-steps"]()
     two = anchored_splitting_loss(*args).mean()
     assert one / two > 12
+
+
+def test_hops_are_the_unrolled_target(undo):
+    """A leg of two hops is what the target is when the student's leg, from where the teacher's ends, is put into itself once more."""
+    z_t, r, t, _, y = batch(64)
+    plain = losses_module.one_step(ORACLE.v, "midpoint")
+    s, end = torch.lerp(t, r, 0.3), torch.lerp(t, r, 0.51)
+    there = step(z_t, s, t, plain(z_t, s, t, y))
+    there = step(there, end, s, plain(there, end, s, y))
+    patches.PATCHES["two-hops"]()
+    leg = losses_module.one_step(ORACLE.v, "midpoint")
+    torch.testing.assert_close(step(z_t, end, t, leg(z_t, end, t, y)), there)
+
+
+def test_a_deeper_student_starts_as_its_teacher(undo, tmp_path):
+    """And goes on from a student that was not deeper."""
+    torch.manual_seed(0)
+    teacher = DiT("DiT-Nano/4", 8, 1, 10)
+    for block in teacher.blocks:
+        torch.nn.init.normal_(block.modulation.up.weight, std=0.1)
+    torch.nn.init.normal_(teacher.final.out.weight, std=0.1)
+    shallow = train_student_mnist.student_from_teacher(teacher)
+    torch.nn.init.normal_(shallow.interval_embed.out.weight)
+    write_weights(tmp_path / "shallow.safetensors", shallow.state_dict(), dict(kind="student", architecture=shallow.architecture))
+    z, r, t, y = torch.randn(3, 1, 8, 8), torch.zeros(3), torch.rand(3), torch.arange(3)
+    student_patches.deeper(2)
+    deep = train_student_mnist.student_from_teacher(teacher)
+    torch.testing.assert_close(deep(z, r, t, y), teacher.velocity(z, t, y))
+    train_student_mnist.start_from(deep, tmp_path / "shallow.safetensors")
+    torch.testing.assert_close(deep(z, r, t, y), shallow(z, r, t, y))
+    closed = [not block.modulation.up.weight.any() for block in deep.blocks]
+    assert closed == [True, False, False, True, False, False]
+    torch.nn.init.normal_(deep.blocks[0].modulation.up.weight)
+    assert not torch.allclose(deep(z, r, t, y), shallow(z, r, t, y), atol=1e-2)
+
+
+def test_edges(undo):
+    """An error of one pixel counts itself and its four differences; one that is alike everywhere counts itself only."""
+    patches.PATCHES["edges"]()
+    one, flat = torch.zeros(1, 1, 5, 5), torch.full((1, 1, 5, 5), 0.5)
+    one[..., 2, 2] = 1
+    error = losses_module.squared_error
+    assert error(one, torch.zeros_like(one)).item() == pytest.approx(1 / 25 + 2 / 20 + 2 / 20)
+    assert error(flat, torch.zeros_like(flat)).item() == pytest.approx(0.25)
 
 
 def test_an_own_leg_in_two_steps(undo):

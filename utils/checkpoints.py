@@ -250,7 +250,7 @@ def resolve_weights(path: Path | str) -> Path:
 
 
 def start_from(network: nn.Module, path: Path | str) -> dict[str, Any]:
-    """Give a fresh network the EMA weights of another run; one of other classes keeps its own label embedding.
+    """Give a fresh network the EMA weights of another run, but where its classes or augmentation are others the embeddings of these.
 
     Args:
         path: anything that `resolve_weights` takes.
@@ -265,12 +265,13 @@ def start_from(network: nn.Module, path: Path | str) -> dict[str, Any]:
     weights, metadata = read_weights(resolve_weights(path))
     theirs, ours = metadata["architecture"], network.architecture
     different = sorted(key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key))
-    if different not in ([], ["num_classes"]):
+    embeddings = {"num_classes": "label_embed.weight", "augment_dim": "augment_embed.weight"}
+    if not set(different) <= set(embeddings):
         facts = "; ".join(f"{key} {theirs.get(key)}, here {ours.get(key)}" for key in different)
         raise ValueError(f"--start-from {path} is another network: {facts}")
-    if different:
-        weights["label_embed.weight"] = network.label_embed.weight
-    network.load_state_dict(weights)
+    own, changed = network.state_dict(), {embeddings[key] for key in different}
+    weights = {name: weight for name, weight in weights.items() if name not in changed}
+    network.load_state_dict({**weights, **{name: own[name] for name in changed & set(own)}})
     return metadata
 
 

@@ -63,6 +63,9 @@ class RunConfig:
 FREE_FIELDS = {"max_minutes", "device", "compile", "cuda_graph", "shard", "results_dir", "name", "log_every", "sample_every", "save_every",
                "keep", "eval_every", "classifier", "num_workers", "comet", "data_root", "autoencoder"}
 
+# What a run did before there was such a field.
+ADDED_LATER = {"augment": 0.0}
+
 ConfigT = TypeVar("ConfigT")
 
 

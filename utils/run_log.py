@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from utils import distributed
 from utils.checkpoints import is_finished, read_metadata, save_checkpoint, write_weights
-from utils.config import differences, to_dict
+from utils.config import ADDED_LATER, differences, to_dict
 from utils.data import Images
 from utils.distributed import Ranks
 from utils.interrupt import StopRequest
@@ -94,7 +94,9 @@ class Run:
         if not file.exists():
             raise ValueError(f"{self.folder} exists and is no run folder; {other_name}")
         began = json.loads(file.read_text())
-        changed = differences({"images": self.description["images"], "classes": self.description["classes"], **began}, self.description)
+        unsaid = {"images": self.description["images"], "classes": self.description["classes"],
+                  **{key: value for key, value in ADDED_LATER.items() if key in self.description}}
+        changed = differences({**unsaid, **began}, self.description)
         if changed:
             raise ValueError(f"{self.folder} is another run ({'; '.join(changed)}); {other_name}")
         if is_finished(self.checkpoints, self.config.steps):

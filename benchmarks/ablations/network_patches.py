@@ -13,8 +13,6 @@ import train_student
 import train_teacher
 from benchmarks.ablations.changes import STUDENTS, TEACHERS, change
 from models import dit
-from utils.flow import pad_like
-from utils.guidance import Velocity
 
 
 def activation(function: Callable[[Tensor], Tensor]) -> None:
@@ -139,46 +137,3 @@ def nearest_noise(count: int) -> None:
     loss, mix = train_teacher.flow_matching_loss, train_student.interpolate
     change(TEACHERS, "flow_matching_loss", lambda v, x, eps, t, y: loss(v, x, nearest(x, eps, count), t, y))
     change(STUDENTS, "interpolate", lambda x, eps, t: mix(x, nearest(x, eps, count), t))
-
-
-class LabelAndTransform(nn.Module):
-    """The class embedding, plus what was done to the image: nothing, unless `transform` says so."""
-
-    def __init__(self, label_embed: nn.Embedding):
-        super().__init__()
-        self.label_embed, self.transform = label_embed, None
-        self.embed = nn.Linear(4, label_embed.embedding_dim, bias=False)
-
-    def forward(self, y: Tensor) -> Tensor:
-        c = self.label_embed(y)
-        return c if self.transform is None else c + self.embed(self.transform)
-
-
-def augmentation(rate: float, most_shift: float = 0.125) -> None:
-    """A share of the training images is rotated, a share shifted, and the network is told so that it does not do the same
-    when it samples (Karras et al., arXiv 2206.00364, Sec. 5)."""
-    make, loss = dit.DiT.__init__, train_teacher.flow_matching_loss
-
-    @wraps(make)
-    def told(self: dit.DiT, *args: Any, **kwargs: Any) -> None:
-        make(self, *args, **kwargs)
-        self.label_embed = LabelAndTransform(self.label_embed)
-
-    def augmented(v: Velocity, x: Tensor, eps: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        b = len(x)
-        chosen = (torch.rand(2, b, device=x.device) < rate).float()
-        angle = (2 * torch.rand(b, device=x.device) - 1) * torch.pi * chosen[0]
-        shift = (2 * torch.rand(b, 2, device=x.device) - 1) * 2 * most_shift * chosen[1, :, None]     # the image spans [-1, 1]
-        cos, sin = angle.cos(), angle.sin()
-        matrix = torch.stack([torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1)    # (B, 2, 3)
-        moved = F.grid_sample(x, F.affine_grid(matrix, list(x.shape), align_corners=False), padding_mode="reflection", align_corners=False)
-        x = torch.where(pad_like(chosen.amax(0), x) > 0, moved, x)
-        embed = v.__self__.label_embed
-        embed.transform = torch.cat([1 - cos[:, None], sin[:, None], shift / (2 * most_shift)], dim=1)
-        try:
-            return loss(v, x, eps, t, y)
-        finally:
-            embed.transform = None
-
-    change([dit.DiT], "__init__", told)
-    change(TEACHERS, "flow_matching_loss", augmented)

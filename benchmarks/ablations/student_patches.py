@@ -3,13 +3,17 @@
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+import train_student
 from benchmarks import perfect_student, splitting_bias
 from benchmarks.ablations.changes import STUDENTS, change
-from models import DiT, build_network, student_from_teacher
+from models import DiT, build_network, dit, student_from_teacher
 from utils import losses, times
 from utils.flow import pad_like, step
 from utils.guidance import Velocity
@@ -29,23 +33,31 @@ def mixed_leg() -> None:
     change(STUDENTS, "student_loss", lambda *args: student_loss(*args[:-2], *(("self", "self") if next(turn) else args[-2:])))
 
 
-def in_steps(average: AverageVelocity, count: int) -> AverageVelocity:
-    """The average velocity of `count` equal steps in a row."""
+def in_steps(average: AverageVelocity, count: int, ratio: float = 1) -> AverageVelocity:
+    """The average velocity of `count` steps in a row, each `ratio` times as long as the one before."""
+    sizes = [ratio**i for i in range(count)]
+    parts = [size / sum(sizes) for size in sizes]
+
     def several(z_t: Tensor, r: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        ends = [torch.lerp(t, r, i / count) for i in range(count + 1)]
-        velocities = []
-        for start, end in zip(ends, ends[1:]):
-            velocities.append(average(z_t, end, start, y))
-            z_t = step(z_t, end, start, velocities[-1])
-        return torch.stack(velocities).mean(0)
+        ends = [torch.lerp(t, r, share) for share in itertools.accumulate(parts, initial=0.0)]
+        total = torch.zeros_like(z_t)
+        for part, start, end in zip(parts, ends, ends[1:]):
+            velocity = average(z_t, end, start, y)
+            total += part * velocity
+            z_t = step(z_t, end, start, velocity)
+        return total
 
     return several
 
 
-def several_steps(count: int) -> None:
-    """The teacher's leg is several steps of its flow in a row, which lets its share be larger: fewer hops to a long interval."""
+def several_steps(count: int, ratio: float = 1) -> None:
+    """The teacher's leg is several steps of its flow in a row, which lets its share be larger: fewer hops to a long interval.
+
+    Steps each 1 - lam times as long as the one before, over the share 1 - (1 - lam)^count, are what a target of share lam is when the
+    student's leg is unrolled: the flow stays the same.
+    """
     one_step = losses.one_step
-    change([losses], "one_step", lambda v, leg: in_steps(one_step(v, leg), count))
+    change([losses], "one_step", lambda v, leg: in_steps(one_step(v, leg), count, ratio))
 
 
 def own_leg_in_steps(count: int) -> None:
@@ -148,6 +160,43 @@ def wider_modulation(factor: int) -> None:
     change(STUDENTS, "student_from_teacher", wider)
 
 
+def deeper_preset(name: str, extra: int) -> str:
+    """Name of the preset with `extra` more blocks, which it makes known: "DiT-S/2" to "DiT-S+6/2"."""
+    size, patch_size = dit.PRESETS[name]
+    deeper = name.replace("/", f"+{extra}/")
+    dit.PRESETS[deeper] = replace(size, depth=size.depth + extra), patch_size
+    return deeper
+
+
+def grown(shallow: DiT, extra: int) -> DiT:
+    """The same function by a network of `extra` more blocks, spread evenly; their gates are closed (adaLN-Zero)."""
+    deep = build_network(**{**shallow.architecture, "preset": deeper_preset(shallow.architecture["preset"], extra)})
+    old, new = len(shallow.blocks), len(deep.blocks)
+    places = [-(-(i + 1) * new // old) - 1 for i in range(old)]     # where the old blocks go: with 6 more to 12, every third is new
+    weights = deep.state_dict()
+    for key, weight in shallow.state_dict().items():
+        if key.startswith("blocks."):
+            _, index, rest = key.split(".", 2)
+            key = f"blocks.{places[int(index)]}.{rest}"
+        weights[key] = weight
+    deep.load_state_dict(weights)
+    return deep.to(shallow.position.device)
+
+
+def deeper(extra: int) -> None:
+    """The student has more blocks than its teacher, which at first do nothing."""
+    plain_start = train_student.start_from
+
+    def start(network: DiT, path: Path | str) -> dict[str, Any]:
+        shallow = build_network(**{**network.architecture, "preset": network.architecture["preset"].replace(f"+{extra}/", "/")})
+        metadata = plain_start(shallow, path)
+        network.load_state_dict(grown(shallow, extra).state_dict())
+        return metadata
+
+    change(STUDENTS, "student_from_teacher", lambda teacher: grown(student_from_teacher(teacher), extra))
+    change(STUDENTS, "start_from", start)
+
+
 def shared_states() -> None:
     """Boundary and splitting at the same states: one evaluation of the teacher, v(z_t, t), serves both. Half of the images is used."""
     def loss(u: AverageVelocity, u_target: AverageVelocity, v: Velocity, z_t: Tensor, r: Tensor, t: Tensor, share: Tensor,
@@ -165,6 +214,16 @@ def shared_states() -> None:
         return StudentLoss(error[:n], error[n:] / share.square())
 
     change(STUDENTS, "student_loss", loss)
+
+
+def edges(weight: float) -> None:
+    """Differences between neighbouring pixels must agree too. The best student is the same; what it gets right first are finer details."""
+    def error(prediction: Tensor, target: Tensor) -> Tensor:
+        e = prediction - target                             # (B, C, H, W)
+        down, right = e.diff(dim=2).square().flatten(1).mean(1), e.diff(dim=3).square().flatten(1).mean(1)
+        return squared_error(prediction, target) + weight * (down + right)
+
+    change([losses], "squared_error", error)
 
 
 def warm_start(updates: int, substeps: int = 4) -> None:
