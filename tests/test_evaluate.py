@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from runs import make_images
+from threadpoolctl import threadpool_info
 
 import evaluate
 import train_classifier
@@ -14,7 +15,7 @@ import train_teacher_mnist
 from benchmarks import perfect_student, sensitivity
 from evaluate import free_folder
 from models import Classifier, DiT, student_from_teacher
-from utils import distributed, evaluation, report
+from utils import distributed, evaluation, metrics, report
 from utils.checkpoints import read_weights, write_weights
 from utils.data import load_held_out, load_images
 from utils.evaluation import Judge, classifier_judge, fingerprint, reference_features, residual_map, shuffled, summary
@@ -73,6 +74,20 @@ def test_an_error_while_comparing_ends_it(folder, monkeypatch):
     with pytest.raises(ValueError, match="not all finite"):
         run(folder, "student-digits.safetensors", "--num-steps", "1")
     assert not (folder / "out" / "metrics.json").exists()
+
+
+def test_comparing_takes_few_threads(monkeypatch):
+    """And gives the others back."""
+    def threads() -> list[int]:
+        return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+
+    seen, distance = [], metrics.frechet_distance
+    monkeypatch.setattr(metrics, "frechet_distance", lambda *features: (seen.extend(threads()), distance(*features))[1])
+    monkeypatch.setattr(evaluation, "BLAS_THREADS", 1)
+    before, draw = threads(), torch.Generator().manual_seed(0)
+    some = metrics.Features(torch.randn(100, 4, generator=draw), torch.randn(100, 2, generator=draw))
+    found = evaluation.compare(Judge("judge", None, True), some, torch.zeros(100).long(), some)
+    assert set(seen) == {1} and threads() == before and found["frechet_distance"] == pytest.approx(0, abs=1e-6)
 
 
 def test_teacher_rows_count_guided_evaluations_twice(folder):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 from torch import Tensor, nn
 
 from utils import metrics
@@ -21,6 +22,7 @@ from utils.seeding import generator
 
 Sample = Callable[[Tensor, Tensor], Tensor]             # from noise z (B, C, H, W) and labels y (B,) to images
 RELEASED = Path(__file__).parent.parent / "checkpoints"
+BLAS_THREADS = 8            # of NumPy's products; all of a server's wait for each other: 64 took twice as long, and ten times the work
 
 
 def even_labels(num_images: int, images: Images) -> Tensor:
@@ -85,7 +87,8 @@ def compare(judge: Judge, samples: Features, labels: Tensor | None, reference: F
     import torch_fidelity.metric_prc  # noqa: F401 - slow to import, and three threads that begin it at once fail
 
     same_number = reference.features[: len(samples.features)]
-    with ThreadPoolExecutor() as threads:                   # on the CPU; the three take about as long
+    fewer = min([BLAS_THREADS, *(library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas")])
+    with threadpool_limits(fewer, "blas"), ThreadPoolExecutor() as threads:     # on the CPU; the three take about as long
         frechet = threads.submit(metrics.frechet_distance, samples.features, reference.features)
         kernel = threads.submit(metrics.kernel_distance, samples.features, reference.features)
         precision, recall = metrics.precision_recall(samples.features, same_number)
