@@ -66,6 +66,7 @@ class Config(RunConfig):
     r_law: str = "logit-normal(-4, 1.6)"        # draws of r, likewise
     pinned_share: float = 0.4                   # of the intervals: pinned at those sampled at test time
     pinned_steps: tuple[int, ...] = (1, 2)      # the numbers of steps whose intervals these are
+    edge_weight: float = 0.0                    # in the losses: of differences between neighbouring pixels; 0 for none
     adaptive_power: float = 0.75                # p of the adaptive weight 1 / (loss + 0.001)^p; 0 is the plain loss
     target: Literal["online", "ema"] = "online" # network that makes the splitting targets: the student, or a fast EMA of it
     target_decay: float = 0.95                  # of that EMA
@@ -77,7 +78,7 @@ class Config(RunConfig):
             check_law(self, field, laws)
         for field in ("lr", "muon_lr", "max_grad_norm"):
             require(self, field, 0 < getattr(self, field) < math.inf, "above 0")
-        for field in ("warmup_steps", "weight_decay", "adaptive_power"):
+        for field in ("warmup_steps", "weight_decay", "edge_weight", "adaptive_power"):
             require(self, field, 0 <= getattr(self, field) < math.inf, "at least 0")
         require(self, "guidance_scale", math.isfinite(self.guidance_scale), "a number")
         for field in ("ema_decay", "target_decay", "decay_share"):
@@ -142,7 +143,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     def forward_backward(z_t: Tensor, r: Tensor, t: Tensor, share: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Losses of this rank's rows; leaves their gradients in the student."""
         with ranks.autocast():
-            parts = student_loss(student, u_target, v, z_t, r, t, share, y, num_boundary // ranks.world_size, cfg.first_leg, cfg.last_leg)
+            parts = student_loss(student, u_target, v, z_t, r, t, share, y, num_boundary // ranks.world_size, cfg.first_leg, cfg.last_leg,
+                                 cfg.edge_weight)
             loss = adaptive_weight(torch.cat(parts), cfg.adaptive_power).mean()
         loss.backward()
         return loss, parts.boundary.mean(), parts.splitting.mean()

@@ -13,6 +13,8 @@ from utils.losses import (
     flow_matching_loss,
     interval_splitting_loss,
     mean_flow_loss,
+    one_step,
+    splitting_target,
     squared_error,
     student_loss,
 )
@@ -192,6 +194,30 @@ def test_gradient_reaches_only_the_prediction(legs):
     again = Linear()
     (squared_error(again(z_t, torch.cat([t[:24], r[24:]]), t, y), constant) / scale**2).mean().backward()
     torch.testing.assert_close(u.w.grad, again.w.grad, rtol=1e-9, atol=0)
+
+
+def test_edges():
+    """An error of one pixel counts itself and its four differences; one that is alike everywhere counts itself only."""
+    one, flat = torch.zeros(2, 3, 5, 5), torch.full((2, 3, 5, 5), 0.5)
+    one[:, :, 2, 2] = 1
+    torch.testing.assert_close(squared_error(one, torch.zeros_like(one), 3), torch.full((2,), 1 / 25 + 3 * (2 / 20 + 2 / 20)))
+    torch.testing.assert_close(squared_error(flat, torch.zeros_like(flat), 3), torch.full((2,), 0.25))
+    torch.testing.assert_close(squared_error(one, flat), (one - flat).square().mean((1, 2, 3)))
+
+
+def test_edges_in_both_losses():
+    """Boundary and splitting rows alike; the residual is divided by the teacher's share as before."""
+    torch.manual_seed(0)
+    z_t, y = torch.randn(8, 1, 4, 4), torch.zeros(8).long()
+    t, share = torch.rand(8) / 2 + 0.5, torch.full((8,), 0.3)
+    r = t / 2
+    u, v = (lambda z, r, t, y: z.cos()), (lambda z, t, y: z.sin())
+    plain, edged = (student_loss(u, u, v, z_t, r, t, share, y, 3, "midpoint", "self", weight) for weight in (0.0, 2.0))
+    target = splitting_target(one_step(v, "midpoint"), u, z_t[3:], r[3:], t[3:], share[3:], y[3:])
+    errors = z_t[:3].cos() - z_t[:3].sin(), z_t[3:].cos() - target
+    edges = [sum(error.diff(dim=dim).square().mean((1, 2, 3)) for dim in (2, 3)) for error in errors]
+    torch.testing.assert_close(edged.boundary, plain.boundary + 2 * edges[0])
+    torch.testing.assert_close(edged.splitting, plain.splitting + 2 * edges[1] / 0.09)
 
 
 def test_adaptive_weight():

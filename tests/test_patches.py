@@ -170,16 +170,6 @@ def test_a_deeper_student_starts_as_its_teacher(undo, tmp_path):
     assert not torch.allclose(deep(z, r, t, y), shallow(z, r, t, y), atol=1e-2)
 
 
-def test_edges(undo):
-    """An error of one pixel counts itself and its four differences; one that is alike everywhere counts itself only."""
-    patches.PATCHES["edges"]()
-    one, flat = torch.zeros(1, 1, 5, 5), torch.full((1, 1, 5, 5), 0.5)
-    one[..., 2, 2] = 1
-    error = losses_module.squared_error
-    assert error(one, torch.zeros_like(one)).item() == pytest.approx(1 / 25 + 2 / 20 + 2 / 20)
-    assert error(flat, torch.zeros_like(flat)).item() == pytest.approx(0.25)
-
-
 def test_an_own_leg_in_two_steps(undo):
     """No matter where the student is right; where its error grows with the interval, the target lies nearer to the truth."""
     z_t, r, t, _, y = batch(256)

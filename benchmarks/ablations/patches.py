@@ -38,8 +38,6 @@ PATCHES: dict[str, Callable[[], None]] = {
     "mean-guidance": student_patches.mean_guidance,
     "wider-modulation": lambda: student_patches.wider_modulation(4),
     "deeper": lambda: student_patches.deeper(6),
-    "edges": lambda: student_patches.edges(1),
-    "edges-4": lambda: student_patches.edges(4),
     "shared-states": student_patches.shared_states,
     "warm-start": lambda: student_patches.warm_start(100),
 }

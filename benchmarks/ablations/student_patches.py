@@ -30,7 +30,8 @@ def mixed_leg() -> None:
     """A leg is the teacher's in every other update, both are the student's own in the rest."""
     without_graph()
     turn = itertools.cycle([False, True])
-    change(STUDENTS, "student_loss", lambda *args: student_loss(*args[:-2], *(("self", "self") if next(turn) else args[-2:])))
+    change(STUDENTS, "student_loss", lambda *args: student_loss(
+        *args[:9], *(("self", "self") if next(turn) else args[9:11]), *args[11:]))
 
 
 def in_steps(average: AverageVelocity, count: int, ratio: float = 1) -> AverageVelocity:
@@ -200,7 +201,7 @@ def deeper(extra: int) -> None:
 def shared_states() -> None:
     """Boundary and splitting at the same states: one evaluation of the teacher, v(z_t, t), serves both. Half of the images is used."""
     def loss(u: AverageVelocity, u_target: AverageVelocity, v: Velocity, z_t: Tensor, r: Tensor, t: Tensor, share: Tensor,
-             y: Tensor, num_boundary: int, first_leg: Leg, last_leg: Leg) -> StudentLoss:
+             y: Tensor, num_boundary: int, first_leg: Leg, last_leg: Leg, edge_weight: float = 0.0) -> StudentLoss:
         n = len(y) - num_boundary
         if n != num_boundary or (first_leg, last_leg) != ("midpoint", "self"):
             raise ValueError(f"shared states: {num_boundary} of {len(y)} rows are boundary, legs {first_leg} and {last_leg}; "
@@ -210,20 +211,10 @@ def shared_states() -> None:
             v_t = v(z, t, y)
         first = losses.one_step(lambda state, *rest: v_t if state is z else v(state, *rest), first_leg)
         target = losses.splitting_target(first, u_target, z, r, t, share, y)
-        error = squared_error(u(z.repeat(2, 1, 1, 1), torch.cat([t, r]), t.repeat(2), y.repeat(2)), torch.cat([v_t, target]))
+        error = squared_error(u(z.repeat(2, 1, 1, 1), torch.cat([t, r]), t.repeat(2), y.repeat(2)), torch.cat([v_t, target]), edge_weight)
         return StudentLoss(error[:n], error[n:] / share.square())
 
     change(STUDENTS, "student_loss", loss)
-
-
-def edges(weight: float) -> None:
-    """Differences between neighbouring pixels must agree too. The best student is the same; what it gets right first are finer details."""
-    def error(prediction: Tensor, target: Tensor) -> Tensor:
-        e = prediction - target                             # (B, C, H, W)
-        down, right = e.diff(dim=2).square().flatten(1).mean(1), e.diff(dim=3).square().flatten(1).mean(1)
-        return squared_error(prediction, target) + weight * (down + right)
-
-    change([losses], "squared_error", error)
 
 
 def warm_start(updates: int, substeps: int = 4) -> None:
@@ -232,15 +223,15 @@ def warm_start(updates: int, substeps: int = 4) -> None:
     count = itertools.count()
 
     def loss(u: AverageVelocity, u_target: AverageVelocity, v: Velocity, z_t: Tensor, r: Tensor, t: Tensor, share: Tensor,
-             y: Tensor, num_boundary: int, first_leg: Leg, last_leg: Leg) -> StudentLoss:
+             y: Tensor, num_boundary: int, first_leg: Leg, last_leg: Leg, edge_weight: float = 0.0) -> StudentLoss:
         n = num_boundary
         if next(count) >= updates:
-            return student_loss(u, u_target, v, z_t, r, t, share, y, n, first_leg, last_leg)
+            return student_loss(u, u_target, v, z_t, r, t, share, y, n, first_leg, last_leg, edge_weight)
         r = torch.cat([t[:n], r[n:]])
         with torch.no_grad():
             trajectory = in_steps(losses.one_step(v, "euler"), substeps)
             target = torch.cat([v(z_t[:n], t[:n], y[:n]), trajectory(z_t[n:], r[n:], t[n:], y[n:])])
-        error = squared_error(u(z_t, r, t, y), target)
+        error = squared_error(u(z_t, r, t, y), target, edge_weight)
         return StudentLoss(error[:n], error[n:])
 
     change(STUDENTS, "student_loss", loss)
