@@ -118,7 +118,7 @@ VARIANTS = [
     teacher("teacher-ema-short", "--ema-decay;0.999", "a shorter average"),
     teacher("teacher-ema-long", "--ema-decay;0.9998", "a longer average"),
     teacher("teacher-dropout-0.1", "", "dropout of the MLP's hidden values", patch="dropout-0.1", cost="own"),
-    teacher("teacher-augment", "--augment;0.12", "moved images, of which the network is told"),
+    teacher("teacher-augment", "--augment;0.12", "moved images, of which the network is told", cost="own"),
     teacher("teacher-long-skips", "", "later blocks see earlier ones", patch="long-skips", cost="own"),
     teacher("teacher-shift", "", "MLPs see the patches around", patch="shift", cost="own"),
     teacher("teacher-nearest-of-4", "", "noise near its image", patch="nearest-of-4", cost="own"),
