@@ -2,7 +2,7 @@
 
     python train_student.py                             from the newest CIFAR-10 teacher in results/
     python train_student.py --data photos.zip --image-size 64           from the newest teacher of these images
-    python train_student.py --first-leg self --lam-law uniform --adaptive-power 0        Algorithm 1's legs, lam and loss
+    python train_student.py --first-leg self --lam-law uniform --adaptive-power 0 --edge-weight 0        Algorithm 1's legs, lam and loss
 
 The teacher's guidance is learned by the student, which samples in 1, 2 or 4 evaluations without any.
 """
@@ -49,24 +49,24 @@ class Config(RunConfig):
     model: str | None = None                    # the student has its teacher's size; if given, it must be that
     steps: int = 4_800                          # updates in all
     optimizer: Literal["muon", "adamw"] = "muon"    # muon: Muon for the blocks' matrices, AdamW for the rest
-    lr: float = 5e-4                            # learning rate of AdamW
-    muon_lr: float = 0.01                       # learning rate of Muon
+    lr: float = 7e-4                            # learning rate of AdamW
+    muon_lr: float = 0.014                      # learning rate of Muon
     weight_decay: float = 0.0                   # decoupled
     warmup_steps: int = 100                     # linear warm-up of the learning rates
-    decay_share: float = 0.4                    # last share of the steps, in which they fall linearly to zero
+    decay_share: float = 0.8                    # last share of the steps, in which they fall linearly to zero
     max_grad_norm: float = 1.0                  # gradients are clipped to this norm
     ema_decay: float = 0.9995                   # of the averaged weights, which are what is sampled and released
     guidance_scale: float = 2.0                 # of the teacher's velocity; 1 is none
     guidance_interval: tuple[float, float] = (0.2, 0.8)     # times at which the teacher is guided
-    boundary_share: float = 0.5                 # of each batch: boundary condition; the rest: interval splitting
+    boundary_share: float = 0.25                # of each batch: boundary condition; the rest: interval splitting
     first_leg: Leg = "midpoint"                 # of a target: the student's own (self), or a step of the teacher's ODE
     last_leg: Leg = "self"                      # likewise; one of the two must be the student's
     lam_law: str = "constant(0.3)"              # share of the teacher's leg, or lam: uniform, constant(c), or anneal(start, end, over)
     t_law: str = "logit-normal(-0.6, 1.6)"      # draws of t: uniform, or logit-normal(loc, scale)
     r_law: str = "logit-normal(-4, 1.6)"        # draws of r, likewise
-    pinned_share: float = 0.4                   # of the intervals: pinned at those sampled at test time
+    pinned_share: float = 0.6                   # of the intervals: pinned at those sampled at test time
     pinned_steps: tuple[int, ...] = (1, 2)      # the numbers of steps whose intervals these are
-    edge_weight: float = 0.0                    # in the losses: of differences between neighbouring pixels; 0 for none
+    edge_weight: float = 4.0                    # in the losses: of differences between neighbouring pixels; 0 for none
     adaptive_power: float = 0.75                # p of the adaptive weight 1 / (loss + 0.001)^p; 0 is the plain loss
     target: Literal["online", "ema"] = "online" # network that makes the splitting targets: the student, or a fast EMA of it
     target_decay: float = 0.95                  # of that EMA

@@ -32,13 +32,15 @@ from tqdm import tqdm
 from benchmarks.report import markdown, plot
 from models import DiT
 from utils.config import parse_config, require
+from utils.recipes import STUDENT
 
 RowName = Literal["teacher", "student", "student-euler", "student-self", "textbook-fp32", "textbook-bf16", "meanflow",
                   "meanflow-eager"]
-# Forward passes an image, a backward pass counted as two: the teacher's guided velocity takes two on every image, the
-# targets of splitting three (midpoint leg), one (Euler) or two (the student's own) on half of them. A JVP is counted as two.
-FORWARDS = {"teacher": 3.0, "student": 3 + 2 + 1.5, "student-euler": 3 + 2 + 0.5, "student-self": 3 + 1 + 1, "textbook-fp32": 3.0,
-            "textbook-bf16": 3.0, "meanflow": 4.0, "meanflow-eager": 4.0}
+# Forward passes an image, a backward pass counted as two: the teacher's guided velocity takes two on every image, or with legs of the
+# student's own on the boundary's; the rest of a target three (midpoint leg), one (Euler) or two (its own). A JVP is counted as two.
+BOUNDARY = STUDENT["path"]["boundary_share"]
+FORWARDS = {"teacher": 3.0, "student": 3 + 2 + 3 * (1 - BOUNDARY), "student-euler": 3 + 2 + (1 - BOUNDARY),
+            "student-self": 5.0, "textbook-fp32": 3.0, "textbook-bf16": 3.0, "meanflow": 4.0, "meanflow-eager": 4.0}
 CLASSES = 10
 
 

@@ -32,7 +32,7 @@ def test_a_variant_differs_from_the_defaults_as_it_says(variant):
 
 
 def test_a_variant_is_the_default_of_a_data_set_and_of_flags():
-    fewer, more = (next(v for v in VARIANTS if v.name == name) for name in ("pinned-0.15", "pinned-0.4"))
+    fewer, more = (next(v for v in VARIANTS if v.name == name) for name in ("pinned-0.15", "pinned-0.6"))
     assert run.is_default(more, run.Config()) and not run.is_default(fewer, run.Config())
     assert run.is_default(fewer, run.Config(data="mnist")) and not run.is_default(more, run.Config(data="mnist"))
     flags = run.Config(flags="--pinned-share 0.15")         # what the flags turn round is a variant again
@@ -75,7 +75,7 @@ def test_runs_results_and_table(tmp_path, monkeypatch):
     text = (tmp_path / "table.md").read_text()
     assert text.startswith("## cifar10, 30 s a run, some card, `--global-batch-size 100`, of t.safetensors\n\n| student | asks |")
     assert "| student | the defaults | 2.500 ± 0.500 | 0.900 ± 0.000 | 2.0 | 600 | 2 |" in text
-    assert "| pinned-0.15 | fewer pinned intervals |  |  |  | 600 | 2, 2 not finite |" in text
+    assert "| pinned-0.15 | 15 % of the intervals pinned |  |  |  | 600 | 2, 2 not finite |" in text
     assert (tmp_path / "gradient_norm.png").is_file() and rows[0]["norms"][0] == [0, 1.0]
     run.main(flags)                                         # what is there is not run again
     run.main([flags[0], "midpoint-0.3", *flags[3:]])      # nor a variant that is the default of CIFAR-10

@@ -17,8 +17,8 @@ from utils.checkpoints import write_weights
 from utils.flow import step
 from utils.losses import anchored_splitting_loss, squared_error
 
-OF_STUDENTS = {"deeper", "mixed-leg", "own-leg-in-two", "pin-by-count", "pin-chain", "pin-data-end", "soft-guidance", "three-hops",
-               "two-hops", "warm-start"}
+OF_STUDENTS = {"deeper", "mixed-leg", "own-leg-in-two", "pin-by-count", "pin-chain", "pin-data-end", "soft-guidance",
+               "teacher-features-0.3", "teacher-features-1", "three-hops", "two-hops", "warm-start"}
 TESTED_BELOW = {"heads-of-128", "compile-whole", "two-steps", "shared-states", "mean-guidance", "wider-modulation"}
 
 
@@ -280,6 +280,27 @@ def test_shared_states_are_the_same_losses_at_the_same_states(undo):
         torch.testing.assert_close(mine, theirs)
     with pytest.raises(ValueError, match="16 of 64 rows are boundary, legs midpoint and self"):
         train_student_mnist.student_loss(*args[:8], 16, *args[9:])
+
+
+@pytest.mark.parametrize("weight", [0.0, 2.0])
+def test_teacher_features_add_to_the_loss_of_a_wrong_student(weight, undo):
+    torch.manual_seed(0)
+    teacher, student = (DiT("DiT-Nano/4", 8, 1, 3, interval=interval) for interval in (False, True))
+    for weights in (*teacher.parameters(), *student.parameters()):          # nothing is closed, as after some training
+        torch.nn.init.normal_(weights, std=0.1)
+    student_patches.teacher_features(weight)
+    v = train_student_mnist.guided_velocity(teacher.velocity, 3, 1.5, (0.0, 1.0))
+    z_t, r, t, y = torch.randn(6, 1, 8, 8), torch.full([6], 0.2), torch.full([6], 0.9), torch.arange(6) % 3
+    args = student, student, v, z_t, r, t, torch.full([6], 0.3), y, 2, "midpoint", "self", 4.0
+    changed, plain = train_student_mnist.student_loss(*args), student_patches.student_loss(*args)
+    torch.testing.assert_close(changed.boundary, plain.boundary)
+    if weight == 0:
+        torch.testing.assert_close(changed.splitting, plain.splitting)
+    else:
+        further = changed.splitting - plain.splitting
+        assert further.min() > 1e-3 * plain.splitting.max()
+        further.sum().backward()
+        assert all(p.grad is None for p in teacher.parameters()) and student.final.out.weight.grad.abs().sum() > 0
 
 
 def test_a_patch_that_no_longer_fits_says_so():

@@ -39,6 +39,8 @@ PATCHES: dict[str, Callable[[], None]] = {
     "wider-modulation": lambda: student_patches.wider_modulation(4),
     "deeper": lambda: student_patches.deeper(6),
     "shared-states": student_patches.shared_states,
+    "teacher-features-0.3": lambda: student_patches.teacher_features(0.3),
+    "teacher-features-1": lambda: student_patches.teacher_features(1),
     "warm-start": lambda: student_patches.warm_start(100),
 }
 

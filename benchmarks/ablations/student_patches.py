@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
+from torch.nn import functional as F
 
 import train_student
 from benchmarks import perfect_student, splitting_bias
@@ -214,6 +216,47 @@ def shared_states() -> None:
         error = squared_error(u(z.repeat(2, 1, 1, 1), torch.cat([t, r]), t.repeat(2), y.repeat(2)), torch.cat([v_t, target]), edge_weight)
         return StudentLoss(error[:n], error[n:] / share.square())
 
+    change(STUDENTS, "student_loss", loss)
+
+
+def as_seen(teacher: DiT, z: Tensor, t: Tensor, y: Tensor, share: float) -> Tensor:
+    """What the first `share` of the teacher's blocks makes of z: (B, T, D), each token of mean square one."""
+    p, parts = teacher.patch_size, teacher.stacks or teacher.blocks
+    x = teacher.patch_embed(rearrange(z, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p))
+    x = x + teacher.position.to(x.dtype)
+    c = F.silu(teacher.time_embed(t) + teacher.label_embed(y))
+    for part in list(parts)[: round(share * len(parts))]:
+        x = part(x, c, teacher.rotary_cos, teacher.rotary_sin)
+    return dit.rms_norm(x).float()
+
+
+def teacher_features(weight: float, depth: float = 2 / 3, shortest: float = 0.3) -> None:
+    """Where the student arrives and where it should are compared as the teacher sees them, too (cf. Lin & Yang, arXiv 2401.00110).
+
+    Distances of features are divided by the interval, as those of velocities are of images'; `shortest` bounds what that does to rounding.
+    """
+    teachers = []
+    guided_velocity = train_student.guided_velocity
+
+    def remember(v: Velocity, *args: Any) -> Velocity:
+        teachers[:] = [v.__self__.requires_grad_(False)]    # gradients go through it, to the student
+        return guided_velocity(v, *args)
+
+    def loss(u: AverageVelocity, u_target: AverageVelocity, v: Velocity, z_t: Tensor, r: Tensor, t: Tensor, share: Tensor,
+             y: Tensor, num_boundary: int, first_leg: Leg = "self", last_leg: Leg = "self", edge_weight: float = 0.0) -> StudentLoss:
+        n, (teacher,) = num_boundary, teachers
+        z, s, e, label, part = z_t[n:], r[n:], t[n:], y[n:], share[n:]
+        target = losses.splitting_target(*losses.legs(u_target, v, first_leg, last_leg), z, s, e, losses.first_share(part, last_leg), label)
+        with torch.no_grad():
+            at_boundary = v(z_t[:n], t[:n], y[:n])
+            wanted = as_seen(teacher, step(z, s, e, target), s, label, depth)
+        made = u(z_t, torch.cat([t[:n], s]), t, y)
+        error = squared_error(made, torch.cat([at_boundary, target]), edge_weight)
+        seen = as_seen(teacher, step(z, s, e, made[n:]), s, label, depth)
+        further = squared_error(seen, wanted) / (e - s).clamp(min=shortest).square()
+        return StudentLoss(error[:n], (error[n:] + weight * further) / part.square())
+
+    change(STUDENTS, "guided_velocity", remember)
     change(STUDENTS, "student_loss", loss)
 
 
