@@ -28,7 +28,7 @@ from tqdm import tqdm
 from models import Classifier, DiT, SiT, build_network
 from utils import distributed, metrics, report
 from utils.autoencoder import load_autoencoder
-from utils.checkpoints import load_network, resolve_weights
+from utils.checkpoints import load_network, resolve_weights, weights_id
 from utils.config import check_interval, parse_config, require, to_dict
 from utils.data import check_guidance, load_held_out, load_images, to_range
 from utils.distributed import Ranks
@@ -199,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     num_floor = len(floor_features.features)
     protocol = {"checkpoint": cfg.checkpoint, "data": images.name, "features": judge.name, "num_images": cfg.num_images,
                 "reference": f"{len(real)} training images", "floor": f"{num_floor} held-out images", "seeds": cfg.seeds,
-                "weights": "EMA", "arithmetic": "bfloat16" if cfg.bfloat16 else "float32", "images": "8 bits"}
+                "weights": f"EMA {weights_id(network)}", "arithmetic": "bfloat16" if cfg.bfloat16 else "float32", "images": "8 bits"}
     print("  ".join(f"{key}: {value}" for key, value in protocol.items()), flush=True)
     if num_floor < cfg.num_images:
         print(f"note: the floor has fewer images than the rows ({num_floor} < {cfg.num_images}), which alone makes its distances larger")

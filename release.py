@@ -16,7 +16,7 @@ import torch
 import tyro
 
 from models import build_network
-from utils.checkpoints import read_weights, resolve_weights, save_model_folder, write_weights
+from utils.checkpoints import read_weights, resolve_weights, save_model_folder, weights_id, write_weights
 from utils.config import FREE_FIELDS, parse_config, require
 from utils.model_card import model_card
 
@@ -58,9 +58,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"{target} is no model folder: not overwritten")
     places = {"ema.safetensors": source.parent.parent.parent, "best.safetensors": source.parent}       # run/checkpoints/step_X/ema...
     run = places.get(source.name, source.with_suffix(""))
-    card = model_card(cfg.push or target.name, metadata, run, Path(cfg.evaluation) if cfg.evaluation else None)
     network = build_network(**metadata["architecture"])
     network.load_state_dict(weights)
+    evaluation = Path(cfg.evaluation) if cfg.evaluation else None
+    card = model_card(cfg.push or target.name, metadata, weights_id(network), run, evaluation)
     temporary = target.with_name(f".{target.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()

@@ -9,6 +9,7 @@ from runs import make_images
 from threadpoolctl import threadpool_info
 
 import evaluate
+import release
 import train_classifier
 import train_student_mnist
 import train_teacher_mnist
@@ -31,7 +32,7 @@ def folder(tmp_path_factory):
     teacher = DiT("DiT-Nano/4", 8, 1, 10)
     for weight in (teacher.final.out.weight, teacher.final.modulation.up.weight):           # or it would be zero, whatever the label
         torch.nn.init.normal_(weight, std=0.02)
-    config = {"data": "digits", "guidance_scale": 1.5, "guidance_interval": [0.0, 1.0]}
+    config = {"data": "digits", "guidance_scale": 1.5, "guidance_interval": [0.0, 1.0], "global_batch_size": 8, "seed": 0}
     classes = [str(digit) for digit in range(10)]
     for kind, network in (("teacher", teacher), ("student", student_from_teacher(teacher))):
         write_weights(folder / f"{kind}-digits.safetensors", network.state_dict(),
@@ -62,6 +63,11 @@ def test_student(folder, capsys):
     for name in ("table.md", "plot.png", "neighbours.png", "residual.png"):
         assert (folder / "out" / name).stat().st_size > 100
     assert "| real held-out images: the floor |" in capsys.readouterr().out
+
+    release.main([str(folder / "student-digits.safetensors"), str(folder / "hub"), "--evaluation", str(folder / "out")])
+    assert "| 2 steps | 2 |" in (folder / "hub" / "README.md").read_text()
+    with pytest.raises(ValueError, match="is of the weights EMA [0-9a-f]{8}, not of these, EMA"):
+        release.main([str(folder / "teacher-digits.safetensors"), str(folder / "other"), "--evaluation", str(folder / "out")])
 
 
 def test_an_error_while_comparing_ends_it(folder, monkeypatch):

@@ -12,7 +12,7 @@ import release
 import sample
 from models import DiT, SiT, build_network
 from pipeline import SplitMeanFlowPipeline
-from utils.checkpoints import load_network, write_weights
+from utils.checkpoints import load_network, weights_id, write_weights
 from utils.guidance import guided_velocity
 from utils.sampling import sample_average_velocity, sample_velocity
 
@@ -22,6 +22,8 @@ def folder(results, tmp_path_factory):
     """The student of the trained pair, as a model folder with an evaluation in its card."""
     evaluation = tmp_path_factory.mktemp("evaluation")
     (evaluation / "table.md").write_text("| | FD |\n|---|---|\n| 1 step | 123.4 |\n")
+    weights = weights_id(load_network(results / "student-digits", build_network)[0])
+    (evaluation / "metrics.json").write_text(json.dumps({"protocol": {"weights": f"EMA {weights}"}}))
     target = tmp_path_factory.mktemp("hub") / "digits"
     release.main([str(results / "student-digits"), str(target), "--evaluation", str(evaluation)])
     return target
@@ -154,8 +156,14 @@ def test_release_keeps_what_is_there(results, folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="user/name"):
         release.Config(run, "x", push="a")
     before = (folder / "model.safetensors").read_bytes()
+    release_with = [run, str(folder), "--replace", "True", "--evaluation", str(tmp_path)]
     with pytest.raises(FileNotFoundError, match=r"holds no table\.md"):
-        release.main([run, str(folder), "--replace", "True", "--evaluation", str(tmp_path)])
+        release.main(release_with)
+    (tmp_path / "table.md").write_text("numbers")
+    for said in ("EMA", "EMA 01234567"):                    # as older evaluations said it; of other weights
+        (tmp_path / "metrics.json").write_text(json.dumps({"protocol": {"weights": said}}))
+        with pytest.raises(ValueError, match=f"is of the weights {said}, not of these, EMA [0-9a-f]{{8}}; make it anew"):
+            release.main(release_with)
     assert (folder / "model.safetensors").read_bytes() == before
 
     calls = []

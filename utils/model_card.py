@@ -38,17 +38,30 @@ def training_lines(run: Path, config: dict[str, Any], step: int) -> list[str]:
     return lines
 
 
-def model_card(name: str, metadata: dict[str, Any], run: Path, evaluation: Path | None) -> str:
+def numbers_of(evaluation: Path, weights: str) -> str:
+    """The table that evaluate.py wrote into a folder, if it is of these weights."""
+    table, metrics = (evaluation / name for name in ("table.md", "metrics.json"))
+    if not (table.is_file() and metrics.is_file()):
+        raise FileNotFoundError(f"{evaluation} holds no table.md and metrics.json; make them with evaluate.py")
+    measured = read_json(metrics)["protocol"]["weights"]
+    if measured != f"EMA {weights}":
+        raise ValueError(f"{evaluation} is of the weights {measured}, not of these, EMA {weights}; make it anew with evaluate.py")
+    return table.read_text().strip()
+
+
+def model_card(name: str, metadata: dict[str, Any], weights: str, run: Path, evaluation: Path | None) -> str:
     """Markdown with the front matter that the Hub reads.
 
     Args:
         name: what `from_pretrained` takes: the folder's name, or the Hub id.
         metadata: of the weights: kind, architecture, classes, config, step.
+        weights: `checkpoints.weights_id` of what the card is about.
         run: the folder of the training run.
         evaluation: the folder that evaluate.py wrote, whose table is the card's; None: the card says that there is none.
 
     Raises:
-        FileNotFoundError: `evaluation` holds no table.md.
+        FileNotFoundError: `evaluation` is not what evaluate.py wrote.
+        ValueError: it is of other weights, or too old to say of which.
     """
     config, architecture, kind = metadata["config"], metadata["architecture"], metadata["kind"]
     student = kind == "student"
@@ -62,13 +75,7 @@ def model_card(name: str, metadata: dict[str, Any], run: Path, evaluation: Path 
     what = ("Few-step student: an image in 1, 2 or 4 network evaluations. Its teacher's guidance, "
             f"{guidance_in_words(config)}, is part of it." if student else
             "Flow-matching teacher: velocities of an ODE, solved in some 25 steps, with or without guidance.")
-    if evaluation is not None:
-        table = evaluation / "table.md"
-        if not table.is_file():
-            raise FileNotFoundError(f"{evaluation} holds no table.md; make it with evaluate.py")
-        numbers = table.read_text().strip()
-    else:
-        numbers = "Not measured: `evaluate.py` was not run on these weights."
+    numbers = numbers_of(evaluation, weights) if evaluation else "Not measured: `evaluate.py` was not run on these weights."
     return "\n".join([
         "---", ModelCardData(**front).to_yaml().strip(), "---", "", f"# {name}", "",
         f"{what} Method: [SplitMeanFlow, arXiv 2507.16884](https://arxiv.org/abs/2507.16884). t = 0 is data, t = 1 is noise.", "",
