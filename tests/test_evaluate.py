@@ -1,11 +1,10 @@
-"""evaluate.py, train_classifier.py and their parts, on the digits inside scikit-learn."""
+"""evaluate.py and its parts, on the digits inside scikit-learn."""
 
 import json
 from dataclasses import replace
 
 import pytest
 import torch
-from runs import make_images
 from threadpoolctl import threadpool_info
 
 import evaluate
@@ -145,23 +144,17 @@ def test_errors(folder, flags, error, message):
         run(folder, "student-digits.safetensors", *flags)
 
 
+def test_a_judge_of_other_classes_gives_inception_scores(folder, monkeypatch):
+    own = classifier_judge(str(folder / "judge.safetensors"), Classifier, load_images("digits"), distributed.start("cpu"))
+    monkeypatch.setattr(evaluate, "inception_judge", lambda weights, ranks: replace(own, name="inception-x", knows_classes=False))
+    row, = run(folder, "student-digits.safetensors", "--num-steps", "1", "--features", "inception")["rows"]
+    assert 1 <= row["inception_score"]["mean"] <= 10 and "class_accuracy" not in row
+
+
 def test_judge_of_other_images_is_refused(folder):
     images = load_images("digits")
     with pytest.raises(ValueError, match="judges 1 channels, size 8"):
         classifier_judge(str(folder / "judge.safetensors"), Classifier, replace(images, classes=["a", "b"]), distributed.start("cpu"))
-
-
-def test_bad_judge_is_not_written(tmp_path):
-    with pytest.raises(ValueError, match=r"below --min-accuracy 0.99: nothing was written"):
-        train_classifier.main(["--data", "digits", "--epochs", "0.1", "--min-accuracy", "0.99", "--out", str(tmp_path / "a")])
-    assert not list(tmp_path.iterdir())
-
-
-def test_judge_needs_held_out_images(tmp_path):
-    data = make_images(tmp_path / "photos", ["cat", "dog"], per_class=2)
-    with pytest.raises(ValueError, match="of 4 images a tenth is none.*--held-out"):
-        train_classifier.main(["--data", str(data), "--out", str(tmp_path / "a.safetensors")])
-    assert not (tmp_path / "a.safetensors").exists()
 
 
 def test_an_evaluation_by_other_flags_has_its_own_folder(tmp_path):
@@ -245,36 +238,6 @@ def test_fingerprint_sees_one_bit():
     b = a.clone()
     b[7] = 1e-45
     assert fingerprint(a) != fingerprint(b) and fingerprint(a) == fingerprint(a.clone()) and len(fingerprint(a)) == 8
-
-
-@pytest.mark.parametrize("size", [8, 28, 32])
-def test_classifier_reads_every_size(size):
-    torch.manual_seed(0)
-    network = Classifier(3, 5, 4).eval()
-    x = torch.randn(2, 3, size, size)
-    features, logits = network.see(x)
-    assert features.shape == (2, 16) and logits.shape == (2, 5) and torch.equal(logits, network(x))
-    assert not torch.equal(features[0], features[1]) and not torch.equal(logits[0], logits[1])
-
-
-def test_first_layer_whitens():
-    """On the images it was set with, the filters' outputs have mean 0, variance 1, and no correlation but with their negatives."""
-    torch.manual_seed(0)
-    x = torch.nn.functional.avg_pool2d(torch.randn(400, 3, 20, 20), 3, 1) * 0.7 - 0.4       # neighbours are alike, as in images
-    network = Classifier(3, 5, 4)
-    network.set_whitening(x)
-    y = network.whiten(x).detach().transpose(0, 1).flatten(1).double()
-    torch.testing.assert_close(y[:12].cov(), torch.eye(12).double(), atol=0.02, rtol=0)
-    torch.testing.assert_close(y[:12], -y[12:])
-    assert y.mean(1).abs().max() < 1e-3
-
-
-def test_shifts_are_each_image_s_own():
-    x = torch.rand(64, 2, 9, 9)
-    moved = train_classifier.shifted(x, 2, torch.Generator().manual_seed(0))
-    padded = torch.nn.functional.pad(x, (2,) * 4, mode="reflect")
-    found = [[(i, j) for i in range(5) for j in range(5) if torch.equal(padded[k, :, i : i + 9, j : j + 9], moved[k])] for k in range(64)]
-    assert all(len(places) == 1 for places in found) and len({places[0] for places in found}) > 15
 
 
 def test_training_evaluates_on_its_way_and_keeps_the_best(folder, tmp_path):
