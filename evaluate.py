@@ -150,6 +150,13 @@ def label(checkpoint: Path) -> str:
     return checkpoint.stem
 
 
+def arithmetic(bfloat16: bool) -> str:
+    """In what the networks compute, as the protocol says it."""
+    if bfloat16:
+        return "bfloat16"
+    return "float32" if torch.get_float32_matmul_precision() == "highest" else "float32, products in TF32"      # which GPUs alone have
+
+
 def free_folder(folder: Path, config: dict[str, Any]) -> Path:
     """The folder itself, or the first of folder-2, folder-3, ... that holds no evaluation by other flags."""
     for i in itertools.count(1):
@@ -199,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     num_floor = len(floor_features.features)
     protocol = {"checkpoint": cfg.checkpoint, "data": images.name, "features": judge.name, "num_images": cfg.num_images,
                 "reference": f"{len(real)} training images", "floor": f"{num_floor} held-out images", "seeds": cfg.seeds,
-                "weights": f"EMA {weights_id(network)}", "arithmetic": "bfloat16" if cfg.bfloat16 else "float32", "images": "8 bits"}
+                "weights": f"EMA {weights_id(network)}", "arithmetic": arithmetic(cfg.bfloat16), "images": "8 bits"}
     print("  ".join(f"{key}: {value}" for key, value in protocol.items()), flush=True)
     if num_floor < cfg.num_images:
         print(f"note: the floor has fewer images than the rows ({num_floor} < {cfg.num_images}), which alone makes its distances larger")

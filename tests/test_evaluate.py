@@ -69,6 +69,15 @@ def test_student(folder, capsys):
         release.main([str(folder / "teacher-digits.safetensors"), str(folder / "other"), "--evaluation", str(folder / "out")])
 
 
+def test_the_protocol_says_in_what_is_computed():
+    assert (evaluate.arithmetic(False), evaluate.arithmetic(True)) == ("float32", "bfloat16")
+    torch.set_float32_matmul_precision("high")              # as `distributed.start` does on a GPU
+    try:
+        assert evaluate.arithmetic(False) == "float32, products in TF32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_an_error_while_comparing_ends_it(folder, monkeypatch):
     """Comparisons run in the background: what fails there must not pass for a result."""
     def fail(judge, samples, labels, reference):
