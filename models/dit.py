@@ -243,14 +243,21 @@ class DiT(Transformer):
             (B, C, H, W), float32.
         """
         p = self.patch_size
-        x = self.patch_embed(rearrange(z, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p))
-        x = x + self.position.to(x.dtype)                                           # (B, T, D)
+        c = self.condition(r, t, y, augment_labels)
+        x = self.through_blocks(self.tokens(z), c, self.rotary_cos, self.rotary_sin)
+        x = self.final(x, c)                                                        # (B, T, p * p * C)
+        return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.grid_size, p=p, q=p).float()
+
+    def tokens(self, z: Tensor) -> Tensor:
+        """The patches of z, embedded at their places: (B, C, H, W) to (B, T, D)."""
+        x = self.patch_embed(rearrange(z, "b c (h p) (w q) -> b (h w) (p q c)", p=self.patch_size, q=self.patch_size))
+        return x + self.position.to(x.dtype)
+
+    def condition(self, r: Tensor, t: Tensor, y: Tensor, augment_labels: Tensor | None = None) -> Tensor:
+        """What each block is told besides, (B, D); arguments as in `forward`."""
         c = self.time_embed(t) + self.label_embed(y)
         if self.interval_embed is not None:
             c = c + self.interval_embed(t - r)
         if augment_labels is not None:
             c = c + self.augment_embed(augment_labels)
-        c = F.silu(c)                                                               # (B, D)
-        x = self.through_blocks(x, c, self.rotary_cos, self.rotary_sin)
-        x = self.final(x, c)                                                        # (B, T, p * p * C)
-        return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.grid_size, p=p, q=p).float()
+        return F.silu(c)

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
-from torch.nn import functional as F
 
 import train_student
 from benchmarks import perfect_student, splitting_bias
@@ -221,11 +219,8 @@ def shared_states() -> None:
 
 def as_seen(teacher: DiT, z: Tensor, t: Tensor, y: Tensor, share: float) -> Tensor:
     """What the first `share` of the teacher's blocks makes of z: (B, T, D), each token of mean square one."""
-    p, parts = teacher.patch_size, teacher.stacks or teacher.blocks
-    x = teacher.patch_embed(rearrange(z, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p))
-    x = x + teacher.position.to(x.dtype)
-    c = F.silu(teacher.time_embed(t) + teacher.label_embed(y))
-    for part in list(parts)[: round(share * len(parts))]:
+    x, c, parts = teacher.tokens(z), teacher.condition(t, t, y), list(teacher.stacks or teacher.blocks)
+    for part in parts[: round(share * len(parts))]:
         x = part(x, c, teacher.rotary_cos, teacher.rotary_sin)
     return dit.rms_norm(x).float()
 
@@ -235,28 +230,29 @@ def teacher_features(weight: float, depth: float = 2 / 3, shortest: float = 0.3)
 
     Distances of features are divided by the interval, as those of velocities are of images'; `shortest` bounds what that does to rounding.
     """
-    teachers = []
-    guided_velocity = train_student.guided_velocity
+    kept: dict[str, Any] = {}
+    guided_velocity, splitting_target = train_student.guided_velocity, losses.splitting_target
 
-    def remember(v: Velocity, *args: Any) -> Velocity:
-        teachers[:] = [v.__self__.requires_grad_(False)]    # gradients go through it, to the student
+    def keep(name: str, value: Any) -> Any:
+        kept[name] = value
+        return value
+
+    def guided(v: Velocity, *args: Any) -> Velocity:
+        keep("teacher", v.__self__).requires_grad_(False)   # gradients go through it, to the student
         return guided_velocity(v, *args)
 
     def loss(u: AverageVelocity, u_target: AverageVelocity, v: Velocity, z_t: Tensor, r: Tensor, t: Tensor, share: Tensor,
-             y: Tensor, num_boundary: int, first_leg: Leg = "self", last_leg: Leg = "self", edge_weight: float = 0.0) -> StudentLoss:
-        n, (teacher,) = num_boundary, teachers
-        z, s, e, label, part = z_t[n:], r[n:], t[n:], y[n:], share[n:]
-        target = losses.splitting_target(*losses.legs(u_target, v, first_leg, last_leg), z, s, e, losses.first_share(part, last_leg), label)
+             y: Tensor, num_boundary: int, *rest: Any) -> StudentLoss:
+        plain = student_loss(lambda *inputs: keep("made", u(*inputs)), u_target, v, z_t, r, t, share, y, num_boundary, *rest)
+        z, r, t, y, made, share = (rows[num_boundary:] for rows in (z_t, r, t, y, kept["made"], share))
+        seen = as_seen(kept["teacher"], step(z, r, t, made), r, y, depth)
         with torch.no_grad():
-            at_boundary = v(z_t[:n], t[:n], y[:n])
-            wanted = as_seen(teacher, step(z, s, e, target), s, label, depth)
-        made = u(z_t, torch.cat([t[:n], s]), t, y)
-        error = squared_error(made, torch.cat([at_boundary, target]), edge_weight)
-        seen = as_seen(teacher, step(z, s, e, made[n:]), s, label, depth)
-        further = squared_error(seen, wanted) / (e - s).clamp(min=shortest).square()
-        return StudentLoss(error[:n], (error[n:] + weight * further) / part.square())
+            wanted = as_seen(kept["teacher"], step(z, r, t, kept["target"]), r, y, depth)
+        further = squared_error(seen, wanted) / (t - r).clamp(min=shortest).square()
+        return StudentLoss(plain.boundary, plain.splitting + weight * further / share.square())
 
-    change(STUDENTS, "guided_velocity", remember)
+    change(STUDENTS, "guided_velocity", guided)
+    change([losses], "splitting_target", lambda *args: keep("target", splitting_target(*args)))
     change(STUDENTS, "student_loss", loss)
 
 
