@@ -17,7 +17,7 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -66,7 +66,7 @@ class Config:
     classifier: str | None = None               # file of train_classifier.py; None: checkpoints/classifier-<data>.safetensors
     inception_weights: str | None = None        # file of torch-fidelity's Inception weights; None: download them
     num_steps: tuple[int, ...] = ()             # sampling steps, a row each; empty: 1 2 4 8 for a student, 25 for a teacher
-    guidance_scale: tuple[float, ...] = (1.0,)  # teacher only, a row each
+    guidance_scale: tuple[float, ...] = ()      # a row each; empty: 1 for a teacher, its own for a student, which may have others
     guidance_interval: tuple[float, float] = (0.0, 1.0)     # teacher only: times at which it is guided
     method: Literal["euler", "heun"] = "euler"  # teacher only: solver; heun takes 2n - 1 evaluations for n steps
     num_images: int = 10_000                    # samples of each row and seed; 50000 for the record
@@ -86,7 +86,6 @@ class Config:
             require(self, field, getattr(self, field) >= 1, "at least 1")
         require(self, "batch_size", self.batch_size is None or self.batch_size >= 1, "at least 1, or None")
         require(self, "num_steps", all(n >= 1 for n in self.num_steps), "counts of at least 1")
-        require(self, "guidance_scale", len(self.guidance_scale) > 0, "one or more numbers")
         check_interval(self, "guidance_interval")
 
 
@@ -117,17 +116,18 @@ def inception_judge(weights: str | None, ranks: Ranks) -> Judge:
     return Judge(f"inception-{fingerprint(*network.state_dict().values())}", see, knows_classes=False, batch_size=100)
 
 
-def rows_of(network: DiT | SiT, student: bool, cfg: Config) -> list[tuple[str, int, Sample]]:
-    """Name, network evaluations and sampler of each row."""
+def rows_of(network: DiT | SiT, student: bool, cfg: Config) -> list[tuple[str, int, float | None, Sample]]:
+    """Name, network evaluations, guidance scale (None: the student's own) and sampler of each row."""
     if student:
-        return [(f"{n} step" + "s" * (n > 1), n, partial(sample_average_velocity, network, num_steps=n))
-                for n in cfg.num_steps or (1, 2, 4, 8)]
+        return [(f"{n} step" + "s" * (n > 1) + ("" if w is None else f", guidance {w:g}"), n, w,
+                 partial(sample_average_velocity, network.at_guidance(w), num_steps=n))
+                for n in cfg.num_steps or (1, 2, 4, 8) for w in cfg.guidance_scale or (None,)]
     interval = cfg.guidance_interval
     where = "" if interval == (0, 1) else " at {:g} to {:g}".format(*interval)
     evaluations = {"euler": lambda n: n, "heun": lambda n: 2 * n - 1}[cfg.method]
-    return [(f"{n} {cfg.method.title()} steps, guidance {w}{where if w != 1 else ''}", evaluations(n) * (1 if w == 1 else 2),
+    return [(f"{n} {cfg.method.title()} steps, guidance {w}{where if w != 1 else ''}", evaluations(n) * (1 if w == 1 else 2), w,
              partial(sample_velocity, guided_velocity(network.velocity, network.null_class, w, interval), num_steps=n, method=cfg.method))
-            for n in cfg.num_steps or (25,) for w in cfg.guidance_scale]
+            for n in cfg.num_steps or (25,) for w in cfg.guidance_scale or (1.0,)]
 
 
 def find_own_teacher(checkpoint: str, teacher: str | None) -> Path | None:
@@ -172,9 +172,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     ranks = distributed.start(cfg.device)
     network, metadata = load_network(cfg.checkpoint, build_network, ranks.device)
     student = metadata["kind"] == "student"
-    for flag, free in (("guidance_scale", (1.0,)), ("guidance_interval", (0.0, 1.0))):
-        if student and (value := getattr(cfg, flag)) != free:
-            raise ValueError(f"--{flag.replace('_', '-')} {' '.join(map(str, value))}: a student has its guidance inside")
+    samplers = rows_of(network, student, cfg)
+    if student and cfg.guidance_interval != (0, 1):
+        raise ValueError("--guidance-interval {} {}: a student has its guidance inside".format(*cfg.guidance_interval))
     if student and cfg.method != "euler":
         raise ValueError(f"--method {cfg.method}: only a teacher's flow is solved; a student jumps")
     architecture = network.architecture
@@ -219,14 +219,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = Path(cfg.out) if cfg.out else free_folder(Path(f"results/evaluation-{label(Path(cfg.checkpoint))}"), to_dict(cfg))
     out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    from_teacher = None
-    if student and (own := find_own_teacher(cfg.checkpoint, cfg.teacher)):
+    own = find_own_teacher(cfg.checkpoint, cfg.teacher) if student else None
+    if own:
         teacher, _ = load_network(own, build_network, ranks.device)
-        v = guided_velocity(teacher.velocity, teacher.null_class, metadata["config"]["guidance_scale"],
-                            tuple(metadata["config"]["guidance_interval"]))
-        ideal = partial(sample_velocity, v, num_steps=16, method="heun")
-        from_teacher = TeacherDistance(ideal, even_labels(32, images), shape, ranks)
-    for name, evaluations, sample in rows_of(network, student, cfg):
+
+        @cache
+        def from_teacher(guidance_scale: float) -> TeacherDistance:
+            v = guided_velocity(teacher.velocity, teacher.null_class, guidance_scale, tuple(metadata["config"]["guidance_interval"]))
+            return TeacherDistance(partial(sample_velocity, v, num_steps=16, method="heun"), even_labels(32, images), shape, ranks)
+
+    for name, evaluations, scale, sample in samplers:
         seeds, compared = [], []
         for seed in tqdm(range(cfg.seeds), name, disable=None):
             pixels = draw(sample, y, shape, seed, ranks, cfg.batch_size or ranks.batch_size, autoencoder.decode, cfg.bfloat16)
@@ -239,8 +241,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             distances, indices = metrics.nearest(seen.features[few], reference.features, 4)
             ratio, copies = metrics.memorisation(distances[:, 0], held_nearest[:, 0])
             numbers = {"neighbour_ratio": ratio, "near_copies": copies}
-            if from_teacher is not None:
-                numbers["teacher_distance"] = from_teacher(sample, seed)
+            if own:
+                numbers["teacher_distance"] = from_teacher(scale or metadata["config"]["guidance_scale"])(sample, seed)
             seeds.append(numbers)
             if not rows and seed == 0:                      # the samples that are nearest to some training image, with those
                 suspects = distances[:, 0].topk(10, largest=False).indices
@@ -249,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 save_grid(out / "neighbours.png", to_range(torch.cat(shown)), columns=9)
         floor = comparing_floor.result()
         seeds = [future.result() | numbers for future, numbers in zip(compared, seeds)]
-        rows.append({"name": name, "evaluations": evaluations, **summary(seeds)})
+        rows.append({"name": name, "evaluations": evaluations, "guidance_scale": scale, **summary(seeds)})
         print(report.line(rows[-1], floor), flush=True)
 
     if student:

@@ -34,6 +34,7 @@ class Config:
     target: Annotated[str, tyro.conf.Positional]            # the file to write, ending in .onnx or .pt2
     form: Literal["sampler", "step"] = "sampler"            # sampler: noise to image; step: one step from t to r, for loops of one's own
     num_steps: int = 1                                      # network evaluations of a sampler
+    guidance_scale: float | None = None                     # of a student that learned several; None: its own
     half: bool = False                                      # .onnx: weights in float16, half the file; arithmetic stays float32
     replace: bool = False                                   # overwrite a file that is there
 
@@ -46,24 +47,24 @@ class Config:
 class Step(nn.Module):
     """z_r = z - (t - r) u(z, r, t, label). z: (B, C, H, W); r, t: scalars (); label: (B,) long. Returns (B, C, H, W)."""
 
-    def __init__(self, u: nn.Module):
+    def __init__(self, network: nn.Module, guidance_scale: float | None):
         super().__init__()
-        self.u = u
+        self.network, self.guidance_scale = network, guidance_scale
 
     def forward(self, z: Tensor, r: Tensor, t: Tensor, label: Tensor) -> Tensor:
         r, t = r.expand(z.shape[0]), t.expand(z.shape[0])
-        return step(z, r, t, self.u(z, r, t, label))
+        return step(z, r, t, self.network.at_guidance(self.guidance_scale)(z, r, t, label))
 
 
 class Sampler(nn.Module):
     """noise: (B, C, H, W), standard Gaussian; label: (B,) long. Returns images (B, C, H, W), near [-1, 1] and not clipped."""
 
-    def __init__(self, u: nn.Module, num_steps: int):
+    def __init__(self, network: nn.Module, guidance_scale: float | None, num_steps: int):
         super().__init__()
-        self.u, self.num_steps = u, num_steps
+        self.network, self.guidance_scale, self.num_steps = network, guidance_scale, num_steps
 
     def forward(self, noise: Tensor, label: Tensor) -> Tensor:
-        return sample_average_velocity(self.u, noise, label, self.num_steps)
+        return sample_average_velocity(self.network.at_guidance(self.guidance_scale), noise, label, self.num_steps)
 
 
 def in_precision_of(network: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -89,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             weight.copy_(weight.half())
     shape = tuple(metadata["architecture"][name] for name in ("num_channels", "image_size", "image_size"))
     is_step = cfg.form == "step"
-    whole = Step(network) if is_step else Sampler(network, cfg.num_steps)
+    network.at_guidance(cfg.guidance_scale)                 # refuses what it has not learned
+    whole = Step(network, cfg.guidance_scale) if is_step else Sampler(network, cfg.guidance_scale, cfg.num_steps)
 
     def example(batch_size: int) -> dict[str, Tensor]:
         draw = torch.Generator().manual_seed(batch_size)
@@ -100,13 +102,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.stem}.writing{target.suffix}")
     information = dict(form=cfg.form, num_steps=None if is_step else cfg.num_steps, classes=metadata["classes"], shape=shape,
-                       guidance_scale=metadata["config"].get("guidance_scale"),
+                       guidance_scale=cfg.guidance_scale or metadata["config"].get("guidance_scale"),
                        autoencoder=metadata.get("autoencoder"), step=metadata["step"])
     try:
         if onnx:
             # A sampler's graph is one step repeated by a loop: unrolled, four steps take minutes to translate.
             z, *_, label = example(2).values()
-            model = to_onnx(Step(network), dict(z=z, r=torch.tensor(0.25), t=torch.tensor(0.75), label=label), output="z_r")
+            one = Step(network, cfg.guidance_scale)
+            model = to_onnx(one, dict(z=z, r=torch.tensor(0.25), t=torch.tensor(0.75), label=label), output="z_r")
             if not is_step:
                 model = repeat_step(model, time_grid(cfg.num_steps))
             if cfg.half:

@@ -123,7 +123,7 @@ class SplitMeanFlowPipeline:
                 classes has not learnt (it learns its teacher's guided velocity, of a class), so that its images are poorer.
             num_inference_steps: None for 1 with a student and 25 with a teacher.
             generator: of the noise; one for all images, or one for each.
-            guidance_scale: teachers only; None for 1. A student has its guidance inside.
+            guidance_scale: None for 1 with a teacher, its own with a student, which may have learned others to choose from.
             output_type: see `PipelineOutput`.
             batch_size: number of images if `class_labels` is None.
 
@@ -133,15 +133,15 @@ class SplitMeanFlowPipeline:
         student = self.information["kind"] == "student"
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type {output_type!r}: use pil, np or pt")
-        if guidance_scale not in (None, 1) and (student or not self.classes):
-            why = "a student has its guidance inside" if student else "this model has no classes to guide to"
-            raise ValueError(f"guidance_scale {guidance_scale}: {why}; use None")
+        if not student and guidance_scale not in (None, 1) and not self.classes:
+            raise ValueError(f"guidance_scale {guidance_scale}: this model has no classes to guide to; use None")
+        u = self.network.at_guidance(guidance_scale) if student else None
         if num_inference_steps is None:
             num_inference_steps = 1 if student else 25
         y = self.labels(class_labels, batch_size).to(self.device)
         z = self.noise(len(y), generator)
         if student:
-            x = sample_average_velocity(self.network, z, y, num_inference_steps)
+            x = sample_average_velocity(u, z, y, num_inference_steps)
         else:
             v = guided_velocity(self.network.velocity, self.network.null_class, 1.0 if guidance_scale is None else guidance_scale)
             x = sample_velocity(v, z, y, num_inference_steps)

@@ -23,7 +23,7 @@ from utils.autoencoder import load_autoencoder
 from utils.checkpoints import load_network
 from utils.config import check_interval, parse_config, require
 from utils.data import to_pixels
-from utils.guidance import guidance_in_words, guided_velocity
+from utils.guidance import guided_velocity
 from utils.pictures import save_gif, save_grid
 from utils.sampling import sample_average_velocity, sample_velocity
 from utils.seeding import generator
@@ -34,7 +34,7 @@ class Config:
     checkpoint: Annotated[str, tyro.conf.Positional]        # safetensors file, checkpoint folder, or run folder (its newest)
     num_steps: tuple[int, ...] = ()             # sampling steps, one set of images each; empty: 1 2 4 for a student, 25 for a teacher
     classes: tuple[str, ...] = ()               # names or numbers of classes; empty: all
-    guidance_scale: float = 1.0                 # teacher only: a student has its guidance inside
+    guidance_scale: float | None = None         # None: 1 for a teacher, its own for a student, which may have others to choose from
     guidance_interval: tuple[float, float] = (0.0, 1.0)     # teacher only: times at which it is guided
     method: Literal["euler", "heun"] = "euler"  # teacher only: solver; heun takes 2n - 1 evaluations for n steps
     renoise: bool = False                       # student only: jump to the data and add fresh noise, instead of following the flow
@@ -78,12 +78,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     ranks = distributed.start(cfg.device)
     network, metadata = load_network(cfg.checkpoint, build_network, ranks.device)
     student = metadata["kind"] == "student"
-    if student and cfg.guidance_scale != 1:
-        raise ValueError(f"--guidance-scale {cfg.guidance_scale}: a student is not guided when it samples; its teacher's guidance, "
-                         f"{guidance_in_words(metadata['config'])}, is part of it")
+    u = network.at_guidance(cfg.guidance_scale) if student else None
     if student and (cfg.method, cfg.guidance_interval) != ("euler", (0.0, 1.0)):
         raise ValueError("--method and --guidance-interval are a teacher's: a student has its guidance inside, and jumps")
-    if cfg.guidance_scale != 1 and not metadata["classes"]:
+    if cfg.guidance_scale not in (None, 1) and not metadata["classes"]:
         raise ValueError(f"--guidance-scale {cfg.guidance_scale}: this network has no classes to guide to; use 1")
     if not student and cfg.renoise:
         raise ValueError("--renoise True: only a student can jump to the data")
@@ -92,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     architecture = metadata["architecture"]
     shape = (architecture["num_channels"], architecture["image_size"], architecture["image_size"])
     decode = load_autoencoder(metadata.get("autoencoder"), cfg.autoencoder, ranks.device).decode
-    v = guided_velocity(network.velocity, network.null_class, cfg.guidance_scale, cfg.guidance_interval)
+    v = guided_velocity(network.velocity, network.null_class, 1.0 if cfg.guidance_scale is None else cfg.guidance_scale,
+                        cfg.guidance_interval)
     out, counts = Path(cfg.out), cfg.num_steps or ((1, 2, 4) if student else (25,))
     for folder in (out / f"{n}step" for n in counts if "png" in cfg.formats):
         if folder.is_dir() and any(folder.iterdir()):
@@ -118,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             z = torch.randn(len(labels), *shape, generator=noise, device=ranks.device)
             with ranks.autocast(cfg.bfloat16):
                 if student:
-                    states = sample_average_velocity(network, z, labels.to(ranks.device), num_steps, renoise, trajectory=missing > 0)
+                    states = sample_average_velocity(u, z, labels.to(ranks.device), num_steps, renoise, trajectory=missing > 0)
                 else:
                     states = sample_velocity(v, z, labels.to(ranks.device), num_steps, cfg.method, trajectory=missing > 0)
             if missing > 0:                                 # of the grid and the GIF

@@ -26,7 +26,7 @@ from utils.config import RunConfig, check_interval, check_law, parse_config, req
 from utils.data import Batches, check_guidance, load_data
 from utils.evaluation import QuickEvaluation
 from utils.flow import interpolate
-from utils.guidance import guided_velocity
+from utils.guidance import GuidedLabels, guided_as_told, guided_velocity, told
 from utils.interrupt import StopRequest
 from utils.losses import Leg, adaptive_weight, student_loss
 from utils.meter import Meter
@@ -39,7 +39,7 @@ from utils.schedules import learning_rate_factor
 from utils.seeding import fold, generator
 from utils.sharding import load_weights, shard, whole
 from utils.teachers import check_teacher, find_teacher, note_other_teacher
-from utils.times import LAM_LAWS, LAWS, draw_intervals, draw_lam, draw_times
+from utils.times import LAM_LAWS, LAWS, draw_between, draw_intervals, draw_lam, draw_times
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Config(RunConfig):
     ema_decay: float = 0.9995                   # of the averaged weights, which are what is sampled and released
     guidance_scale: float = 1.3                 # of the teacher's velocity; 1 is none
     guidance_interval: tuple[float, float] = (0.0, 1.0)     # times at which the teacher is guided
+    guidance_range: tuple[float, float] | None = None       # of scales that the student is told and learns, to choose from; None: one alone
     boundary_share: float = 0.5                 # of each batch: boundary condition; the rest: interval splitting
     first_leg: Leg = "euler"                    # of a target: the student's own (self), or a step of the teacher's ODE
     last_leg: Leg = "self"                      # likewise; one of the two must be the student's
@@ -87,6 +88,10 @@ class Config(RunConfig):
         require(self, "boundary_share", 0 < round(self.boundary_share * self.global_batch_size) < self.global_batch_size,
                 f"such that of {self.global_batch_size} samples at least one is boundary and one is not")
         check_interval(self, "guidance_interval")
+        low, high = self.guidance_range or (1, math.inf)
+        require(self, "guidance_range", self.guidance_range is None or 1 <= low < high < math.inf, "two numbers, 1 <= low < high, or None")
+        require(self, "guidance_scale", self.guidance_range is None or low <= self.guidance_scale <= high,
+                f"in --guidance-range {low:g} {high:g}: it is what the student is told where nothing is said")
         require(self, "last_leg", "self" in (self.first_leg, self.last_leg), f"self where --first-leg is {self.first_leg}")
         for field in ("num_steps", "pinned_steps"):
             require(self, field, len(getattr(self, field)) > 0 and min(getattr(self, field)) >= 1, "one or more counts, each at least 1")
@@ -103,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Data, teacher and student.
     images = load_data(cfg.data, cfg.data_root, cfg.image_size, cfg.num_workers)
-    check_guidance(images, (cfg.guidance_scale,))
+    check_guidance(images, (cfg.guidance_scale, *(cfg.guidance_range or ())))
     decode = load_autoencoder(images.autoencoder, cfg.autoencoder, device).decode        # from latents to images; pixels stay
     batches = Batches(images, cfg.global_batch_size, cfg.seed, ranks)
     evaluate = cfg.eval_every and QuickEvaluation(cfg.classifier, Classifier, images, ranks, cfg.results_dir)
@@ -113,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     teacher, teacher_metadata = load_network(path, build_network, device)
     check_teacher(path, teacher_metadata, images, cfg.model)
     torch.manual_seed(fold(cfg.seed, "weights"))            # alike on every rank
-    student = student_from_teacher(teacher)
+    student = student_from_teacher(teacher, cfg.guidance_range, cfg.guidance_scale)
     teacher_id = weights_id(teacher)
     if cfg.start_from and not step_folders(run.checkpoints):
         note_other_teacher(cfg.start_from, start_from(student, cfg.start_from), teacher_id, run.note)
@@ -137,13 +142,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     if cfg.compile and device.type == "cuda":
         for network in (teacher, student, *([target_ema.module] if target_ema else [])):
             network.compile_blocks()
-    u_target = target_ema.module if target_ema else student
-    v = guided_velocity(teacher.velocity, teacher.null_class, cfg.guidance_scale, cfg.guidance_interval)
+    u, u_target = student, target_ema.module if target_ema else student
+    if cfg.guidance_range:
+        u, u_target = told(u), told(u_target)
+        v = guided_as_told(teacher.velocity, teacher.null_class, cfg.guidance_interval)
+    else:
+        v = guided_velocity(teacher.velocity, teacher.null_class, cfg.guidance_scale, cfg.guidance_interval)
 
-    def forward_backward(z_t: Tensor, r: Tensor, t: Tensor, share: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses of this rank's rows; leaves their gradients in the student."""
+    def forward_backward(z_t: Tensor, r: Tensor, t: Tensor, share: Tensor, y: Tensor,
+                         scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses of this rank's rows; leaves their gradients in the student. scale: of their guidance, if the student is told it."""
+        labels = y if scale is None else GuidedLabels(y, scale)
         with ranks.autocast():
-            parts = student_loss(student, u_target, v, z_t, r, t, share, y, num_boundary // ranks.world_size, cfg.first_leg, cfg.last_leg,
+            parts = student_loss(u, u_target, v, z_t, r, t, share, labels, num_boundary // ranks.world_size, cfg.first_leg, cfg.last_leg,
                                  cfg.edge_weight)
             loss = adaptive_weight(torch.cat(parts), cfg.adaptive_power).mean()
         loss.backward()
@@ -168,8 +179,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             r, t = draw_intervals(cfg.global_batch_size - num_boundary, cfg.t_law, cfg.r_law, cfg.pinned_share, cfg.pinned_steps, draw)
             share = draw_lam(cfg.global_batch_size, cfg.lam_law, (step - 1) / cfg.steps, draw)
             r, t, share = (ranks.rows(times) for times in (torch.cat([t_boundary, r]), torch.cat([t_boundary, t]), share))
+            scale = [ranks.rows(draw_between(cfg.global_batch_size, *cfg.guidance_range, draw))] if cfg.guidance_range else []
 
-            loss, boundary, splitting = forward_backward(interpolate(x, eps, t), r, t, share, y)
+            loss, boundary, splitting = forward_backward(interpolate(x, eps, t), r, t, share, y, *scale)
             ranks.average_gradients(student)
             grad_norm = whole(clip_grad_norm_(student.parameters(), cfg.max_grad_norm))
             lr_factor = learning_rate_factor(step, cfg.steps, cfg.warmup_steps, cfg.decay_share)

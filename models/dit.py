@@ -4,6 +4,7 @@ The layout follows DiT (Peebles & Xie, arXiv 2212.09748: adaLN-Zero blocks), wit
 axial rotary embedding beside a learned position table, and an adaLN of low rank (see `Modulation`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,13 +178,16 @@ class DiT(Transformer):
             ever called at r = t.
         modulation_rank: rank of adaLN; None for width / 8.
         augment_dim: how many numbers say what was done to a training image; see `utils.augmentation`. A teacher's; 0 for none.
+        guidance_range: least and greatest guidance scale of a student that is told it; None for one that learned a single scale.
+        guidance_scale: what it is told where nothing is said.
 
     Raises:
-        ValueError: an unknown preset, a size that the patch does not divide, or a negative count.
+        ValueError: an unknown preset, a size that the patch does not divide, a negative count, or a guidance scale out of its range.
     """
 
     def __init__(self, preset: str, image_size: int, num_channels: int, num_classes: int, interval: bool = False,
-                 modulation_rank: int | None = None, augment_dim: int = 0):
+                 modulation_rank: int | None = None, augment_dim: int = 0, guidance_range: Sequence[float] | None = None,
+                 guidance_scale: float = 1.0):
         super().__init__()
         if preset not in PRESETS:
             raise ValueError(f"unknown model {preset!r}; known are {', '.join(PRESETS)}")
@@ -204,6 +208,7 @@ class DiT(Transformer):
         self.interval_embed = TimeEmbedding(size.width) if interval else None
         self.label_embed = nn.Embedding(num_classes + 1, size.width)
         self.augment_embed = nn.Linear(augment_dim, size.width, bias=False) if augment_dim else None
+        self.architecture |= self.hear_guidance(guidance_range, guidance_scale, size.width)
         self.blocks = nn.ModuleList(Block(size.width, size.num_heads, rank) for _ in range(size.depth))
         self.final = Final(size.width, patch_size**2 * num_channels, rank)
         cos, sin = rotary_table(self.grid_size, size.width // size.num_heads)
@@ -224,13 +229,15 @@ class DiT(Transformer):
         for modulation in [block.modulation for block in self.blocks] + [self.final.modulation]:
             nn.init.zeros_(modulation.up.weight)
         nn.init.zeros_(self.final.out.weight)
-        # The interval starts unseen, so that a student made from a teacher is the teacher: u(z, r, t, y) = v(z, t, y).
-        if self.interval_embed is not None:
-            nn.init.zeros_(self.interval_embed.out.weight)
+        # Interval and guidance start unseen, so that a student made from a teacher is the teacher: u(z, r, t, y) = v(z, t, y).
+        for embed in (self.interval_embed, self.guidance_embed):
+            if embed is not None:
+                nn.init.zeros_(embed.out.weight)
         if self.augment_embed is not None:
             nn.init.zeros_(self.augment_embed.weight)
 
-    def forward(self, z: Tensor, r: Tensor, t: Tensor, y: Tensor, augment_labels: Tensor | None = None) -> Tensor:
+    def forward(self, z: Tensor, r: Tensor, t: Tensor, y: Tensor, augment_labels: Tensor | None = None,
+                guidance_scale: Tensor | None = None) -> Tensor:
         """Average velocity over [r, t] of the trajectory that is at z at time t; z_r = z - (t - r) u.
 
         Args:
@@ -238,12 +245,13 @@ class DiT(Transformer):
             r, t: ends of the interval, (B,), 0 <= r <= t <= 1; 0 is data, 1 is noise.
             y: class labels, (B,) long, 0 to num_classes; num_classes means "no class".
             augment_labels: what was done to the images of a training batch, (B, augment_dim); None for nothing.
+            guidance_scale: of a student that is told it, (B,), within its range; None for the network's own.
 
         Returns:
             (B, C, H, W), float32.
         """
         p = self.patch_size
-        c = self.condition(r, t, y, augment_labels)
+        c = self.condition(r, t, y, augment_labels, guidance_scale)
         x = self.through_blocks(self.tokens(z), c, self.rotary_cos, self.rotary_sin)
         x = self.final(x, c)                                                        # (B, T, p * p * C)
         return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.grid_size, p=p, q=p).float()
@@ -253,11 +261,14 @@ class DiT(Transformer):
         x = self.patch_embed(rearrange(z, "b c (h p) (w q) -> b (h w) (p q c)", p=self.patch_size, q=self.patch_size))
         return x + self.position.to(x.dtype)
 
-    def condition(self, r: Tensor, t: Tensor, y: Tensor, augment_labels: Tensor | None = None) -> Tensor:
+    def condition(self, r: Tensor, t: Tensor, y: Tensor, augment_labels: Tensor | None = None,
+                  guidance_scale: Tensor | None = None) -> Tensor:
         """What each block is told besides, (B, D); arguments as in `forward`."""
         c = self.time_embed(t) + self.label_embed(y)
         if self.interval_embed is not None:
             c = c + self.interval_embed(t - r)
         if augment_labels is not None:
             c = c + self.augment_embed(augment_labels)
+        if (guidance := self.told_guidance(guidance_scale, t)) is not None:
+            c = c + guidance
         return F.silu(c)

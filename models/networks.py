@@ -1,6 +1,7 @@
 """Networks by name: what a checkpoint's architecture stands for, and from a teacher to its student."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +40,24 @@ def from_pretrained(source: str | Path, **hub_arguments) -> tuple[DiT | SiT, dic
     return NETWORKS[config.get("network", "DiT")].from_pretrained(source, **hub_arguments), config
 
 
-def student_from_teacher(teacher: DiT | SiT) -> DiT | SiT:
-    """A student of its teacher's class that starts as its teacher: u(z, r, t, y) == v(z, t, y) for every r.
+def student_from_teacher(teacher: DiT | SiT, guidance_range: Sequence[float] | None = None, guidance_scale: float = 1.0) -> DiT | SiT:
+    """A student of its teacher's class that starts as its teacher: u(z, r, t, y) == v(z, t, y) for every r, and every guidance.
+
+    Args:
+        guidance_range, guidance_scale: see `models.dit.DiT`.
 
     Raises:
         ValueError: the teacher has an interval input, that is, it is a student already.
-        RuntimeError: any weight but the interval embedding's is missing or unexpected.
+        RuntimeError: any weight but those of the embeddings of interval and guidance is missing or unexpected.
     """
     if teacher.interval_embed is not None:
         raise ValueError("the teacher has an interval embedding: it is a student's network, and cannot teach velocities")
     architecture = {key: value for key, value in teacher.architecture.items() if key != "augment_dim"}      # a student sees samples only
-    student = build_network(**{**architecture, "interval": True}).to(teacher.position.device)
+    student = build_network(**{**architecture, "interval": True, "guidance_range": guidance_range, "guidance_scale": guidance_scale})
+    student = student.to(teacher.position.device)
     weights = {name: weight for name, weight in teacher.state_dict().items() if name != "augment_embed.weight"}
     result = student.load_state_dict(weights, strict=False)
-    allowed = {name for name in student.state_dict() if name.startswith("interval_embed.")}
+    allowed = {name for name in student.state_dict() if name.startswith(("interval_embed.", "guidance_embed."))}
     if set(result.missing_keys) != allowed or result.unexpected_keys:
         raise RuntimeError(f"the teacher's weights do not fit: missing {result.missing_keys}, unexpected {result.unexpected_keys}; "
                            f"only {sorted(allowed)} may be missing")

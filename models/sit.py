@@ -14,6 +14,7 @@ only `SiT.forward` translates, by two facts that are part of the architecture:
 
 import math
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -156,13 +157,15 @@ class SiT(Transformer):
         interval: a student's network, which sees the interval t - r. A teacher's (False) has no such input and is only
             ever called at r = t.
         time_direction, time_scale: how the weights count time; see the top of this file.
+        guidance_range, guidance_scale: as of `models.dit.DiT`.
 
     Raises:
         ValueError: an unknown preset or direction, a size that the patch does not divide, or a count or scale out of range.
     """
 
     def __init__(self, preset: str, image_size: int, num_channels: int, num_classes: int, interval: bool = False,
-                 time_direction: str = "data-at-one", time_scale: float = 1.0):
+                 time_direction: str = "data-at-one", time_scale: float = 1.0, guidance_range: Sequence[float] | None = None,
+                 guidance_scale: float = 1.0):
         super().__init__()
         size, patch_size = parse_preset(preset)
         if image_size <= 0 or image_size % patch_size:
@@ -186,6 +189,7 @@ class SiT(Transformer):
         self.time_embed = ForeignTimeEmbedding(size.width)
         self.interval_embed = TimeEmbedding(size.width) if interval else None
         self.label_embed = nn.Embedding(num_classes + 1, size.width)
+        self.architecture |= self.hear_guidance(guidance_range, guidance_scale, size.width)
         self.blocks = nn.ModuleList(Block(size.width, size.num_heads) for _ in range(size.depth))
         self.final = Final(size.width, patch_size**2 * num_channels)
         self.init_weights()
@@ -201,26 +205,30 @@ class SiT(Transformer):
         nn.init.normal_(self.label_embed.weight, std=0.02)
         for layer in (*(block.modulation for block in self.blocks), self.final.modulation, self.final.out):
             nn.init.zeros_(layer.weight)
-        # The interval starts unseen, so that a student made from a teacher is the teacher: u(z, r, t, y) = v(z, t, y).
-        if self.interval_embed is not None:
-            nn.init.zeros_(self.interval_embed.out.weight)
+        # Interval and guidance start unseen, so that a student made from a teacher is the teacher: u(z, r, t, y) = v(z, t, y).
+        for embed in (self.interval_embed, self.guidance_embed):
+            if embed is not None:
+                nn.init.zeros_(embed.out.weight)
 
-    def forward(self, z: Tensor, r: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def forward(self, z: Tensor, r: Tensor, t: Tensor, y: Tensor, guidance_scale: Tensor | None = None) -> Tensor:
         """Average velocity over [r, t] of the trajectory that is at z at time t; z_r = z - (t - r) u.
 
         Arguments and result as in `models.dit.DiT.forward`: our times and our velocity, whatever the weights were trained with.
         """
         time = 1 - t if self.data_at_one else t
-        theirs = self.foreign_velocity(z, self.time_scale * time, t - r, y)
+        theirs = self.foreign_velocity(z, self.time_scale * time, t - r, y, self.told_guidance(guidance_scale, t))
         return -theirs if self.data_at_one else theirs
 
-    def foreign_velocity(self, z: Tensor, time: Tensor, interval: Tensor, y: Tensor) -> Tensor:
-        """What the weights themselves compute: `time` (B,) and the result (B, C, H, W) are theirs, `interval` t - r (B,) is ours."""
+    def foreign_velocity(self, z: Tensor, time: Tensor, interval: Tensor, y: Tensor, guidance: Tensor | None = None) -> Tensor:
+        """What the weights themselves compute: `time` (B,) and the result (B, C, H, W) are theirs, `interval` t - r (B,) is ours, and so is
+        `guidance`, embedded (B, D), if there is any."""
         x = self.patch_embed(z).contiguous()                # channels last: the whole residual stream inherits this layout
         x = x + self.position.to(x.dtype)                                           # (B, T, D)
         c = self.time_embed(time) + self.label_embed(y)
         if self.interval_embed is not None:
             c = c + self.interval_embed(interval)
+        if guidance is not None:
+            c = c + guidance
         c = F.silu(c)                                                               # (B, D)
         x = self.through_blocks(x, c)
         x = self.final(x, c)                                                        # (B, T, p * p * C)

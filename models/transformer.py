@@ -1,11 +1,15 @@
-"""What the networks here have in common: like blocks in a row, and a velocity that is the average over an empty interval."""
+"""What the networks here have in common: like blocks in a row, a velocity that is the average over an empty interval, and guidance that
+a student may be told."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 
+from models.embeddings import TimeEmbedding
 from models.hub import HubModel
 
 FUSED_ON = [(9, 0)]                                         # compute capabilities that our own kernels were made for: Hopper
@@ -30,6 +34,7 @@ class Transformer(nn.Module, HubModel):
     blocks: nn.ModuleList
     final: nn.Module
     stacks: Sequence[nn.Module] = ()                        # the same blocks, once they are compiled
+    guidance_range: tuple[float, float] | None = None       # of a student that is told its guidance; None for others
 
     def through_blocks(self, x: Tensor, *condition: Tensor) -> Tensor:
         """x: (B, T, D); condition: what each block is given besides. Returns (B, T, D)."""
@@ -61,6 +66,57 @@ class Transformer(nn.Module, HubModel):
         self.stacks = [Stack(self.blocks[i : i + at_once]) for i in range(0, len(self.blocks), at_once)]
         for part in (*self.stacks, self.final):
             part.compile(dynamic=False)
+
+    def hear_guidance(self, guidance_range: Sequence[float] | None, guidance_scale: float, width: int) -> dict[str, Any]:
+        """Give a student the input by which it is told its guidance, if there is a range to choose from. For constructors.
+
+        Args:
+            guidance_range: least and greatest scale, at least 1. guidance_scale: what it is told where nothing is said.
+
+        Returns:
+            What to add to the architecture.
+
+        Raises:
+            ValueError: no range, or a scale outside it.
+        """
+        self.guidance_embed = None
+        if guidance_range is None:
+            return {}
+        low, high = guidance_range
+        if not 1 <= low <= guidance_scale <= high < math.inf or low == high:
+            raise ValueError(f"guidance range {low} to {high} with scale {guidance_scale}: needs 1 <= low <= scale <= high, and low < high")
+        self.guidance_range, self.guidance_scale = (low, high), guidance_scale
+        self.guidance_embed = TimeEmbedding(width)
+        return {"guidance_range": [low, high], "guidance_scale": guidance_scale}
+
+    def told_guidance(self, guidance_scale: Tensor | None, t: Tensor) -> Tensor | None:
+        """What to add to a condition, (B, D), if anything. guidance_scale: of each row, (B,), or None for the network's own; t: (B,).
+
+        Told is 1 / w, which lies in (0, 1] as times do.
+
+        Raises:
+            ValueError: a scale, and the network is not told any.
+        """
+        if self.guidance_embed is None:
+            if guidance_scale is not None:
+                raise ValueError("this network is not told a guidance scale: a student's is inside, a teacher is guided from outside")
+            return None
+        return self.guidance_embed(1 / (torch.full_like(t, self.guidance_scale) if guidance_scale is None else guidance_scale))
+
+    def at_guidance(self, guidance_scale: float | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """A student's u(z, r, t, y) guided by one scale; None: by its own.
+
+        Raises:
+            ValueError: a scale that it has not learned.
+        """
+        if guidance_scale is None:
+            return self
+        if self.guidance_range is None:
+            raise ValueError(f"guidance scale {guidance_scale}: this student has its guidance inside, of one scale; none can be chosen")
+        low, high = self.guidance_range
+        if not low <= guidance_scale <= high:
+            raise ValueError(f"guidance scale {guidance_scale}: this student learned {low:g} to {high:g}")
+        return lambda z, r, t, y: self(z, r, t, y, guidance_scale=torch.full_like(t, guidance_scale))
 
     def velocity(self, z: Tensor, t: Tensor, y: Tensor, **told: Tensor) -> Tensor:
         """Instantaneous velocity v(z, t, y), which is u(z, t, t, y) by definition. Shapes, and what else may be told, as in `forward`."""

@@ -10,6 +10,9 @@ Y = torch.arange(3).repeat(10_000)
 def test_guidance_in_words():
     assert guidance_in_words({"guidance_scale": 1.3, "guidance_interval": [0.0, 1.0]}) == "1.3"
     assert guidance_in_words({"guidance_scale": 2.0, "guidance_interval": (0.2, 0.8)}) == "2 at times 0.2 to 0.8"
+    told = {"guidance_scale": 2.0, "guidance_interval": (0.2, 0.8), "guidance_range": [1.5, 3.0]}
+    assert guidance_in_words(told) == "2 (or any from 1.5 to 3) at times 0.2 to 0.8"
+    assert guidance_in_words({**told, "guidance_range": None}) == "2 at times 0.2 to 0.8"
 
 
 @pytest.mark.parametrize("rate", [0, 0.1, 0.5, 1])
@@ -52,7 +55,7 @@ def test_scale_one_is_the_velocity_itself():
     assert guided_velocity(velocity, NULL, 1.0, (0.2, 0.6)) is velocity
 
 
-@pytest.mark.parametrize("scale", [0.0, 0.5, 2.0, 7.5, -1.0])
+@pytest.mark.parametrize("scale", [0.0, 0.5, 2.0, 7.5, -1.0, torch.tensor([1.0, 2.0, 3.0, 1.0, 0.0, 5.0])])
 def test_formula(scale):
     z, t, y = states()
     torch.testing.assert_close(guided_velocity(velocity, NULL, scale)(z, t, y), expected(z, t, y, scale), rtol=1e-5, atol=1e-5)

@@ -130,7 +130,7 @@ def test_saving_a_pipeline(folder, tmp_path):
 @pytest.mark.parametrize(("arguments", "message"), [
     (dict(class_labels=[10]), r"class_labels \[10\]: this model knows 0, 1"), (dict(class_labels=["x"]), "class_labels"),
     (dict(class_labels=[]), "class_labels"), (dict(num_inference_steps=0), "at least 1"), (dict(output_type="png"), "use pil, np or pt"),
-    (dict(guidance_scale=2.0), "a student has its guidance inside"),
+    (dict(guidance_scale=2.0), "guidance scale 2.0: this student has its guidance inside"),
     (dict(class_labels=[1, 2], generator=[torch.Generator()]), "1 generators for 2 images"),
 ])
 def test_pipeline_refuses(folder, arguments, message):

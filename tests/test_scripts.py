@@ -232,7 +232,7 @@ def test_sample(results, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["student-digits", "--guidance-scale", "2"], "student is not guided"),
+    (["student-digits", "--guidance-scale", "2"], "guidance scale 2.0: this student has its guidance inside"),
     (["student-digits", "--guidance-interval", "0", "0.8"], "are a teacher's"),
     (["student-digits", "--method", "heun"], "are a teacher's"),
     (["student-digits", "--classes", "eleven"], "eleven.*0, 1, 2"),

@@ -44,7 +44,7 @@ class ForeignGaussian:
     def __init__(self, sd: float, direction: str, scale: float):
         self.sd, self.direction, self.scale = sd, direction, scale
 
-    def velocity(self, z: Tensor, time: Tensor, interval: Tensor, y: Tensor) -> Tensor:
+    def velocity(self, z: Tensor, time: Tensor, interval: Tensor, y: Tensor, guidance: None = None) -> Tensor:
         tau = (time / self.scale).view(-1, 1, 1, 1)
         noise, slope = (1 - tau, -1) if self.direction == "data-at-one" else (tau, 1)       # share of noise, and how it changes
         data = 1 - noise

@@ -2,7 +2,8 @@
 is the student's target, and the student itself samples without guidance."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -13,9 +14,10 @@ Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]       # v(z, t, y)
 
 
 def guidance_in_words(config: Mapping[str, Any]) -> str:
-    """The guidance that a student learned, from its config: "1.3", or "2 at times 0.2 to 0.8"."""
-    low, high = config["guidance_interval"]
-    return f"{config['guidance_scale']:g}" + (f" at times {low:g} to {high:g}" if (low, high) != (0, 1) else "")
+    """The guidance that a student learned, from its config: "1.3", "2 at times 0.2 to 0.8", or "2 (or any from 1.5 to 3)"."""
+    (low, high), scales = config["guidance_interval"], config.get("guidance_range")
+    return (f"{config['guidance_scale']:g}" + (" (or any from {:g} to {:g})".format(*scales) if scales else "")
+            + (f" at times {low:g} to {high:g}" if (low, high) != (0, 1) else ""))
 
 
 def drop_labels(y: Tensor, null_class: int, rate: float, coin: Tensor) -> Tensor:
@@ -23,18 +25,19 @@ def drop_labels(y: Tensor, null_class: int, rate: float, coin: Tensor) -> Tensor
     return torch.where(coin < rate, null_class, y)
 
 
-def guided_velocity(v: Velocity, null_class: int, guidance_scale: float, interval: tuple[float, float] = (0.0, 1.0)) -> Velocity:
+def guided_velocity(v: Velocity, null_class: int, guidance_scale: float | Tensor,
+                    interval: tuple[float, float] = (0.0, 1.0)) -> Velocity:
     """Wrap a velocity v(z, t, y) into v_null + w (v_y - v_null).
 
     Args:
         v: conditional velocity; the label `null_class` asks for the unconditional one.
-        guidance_scale: w; 1 is no guidance and costs one evaluation instead of two.
+        guidance_scale: w; 1 is no guidance and costs one evaluation instead of two. A tensor: of each row, (B,).
         interval: times [low, high] at which guidance acts (Kynkaanniemi et al., arXiv 2404.07724); elsewhere w = 1.
 
     Returns:
         A velocity of the same signature: z (B, ...), t (B,), y (B,) to (B, ...).
     """
-    if guidance_scale == 1:
+    if not isinstance(guidance_scale, Tensor) and guidance_scale == 1:
         return v
     low, high = interval
 
@@ -44,3 +47,24 @@ def guided_velocity(v: Velocity, null_class: int, guidance_scale: float, interva
         return torch.lerp(v_null, v_y, pad_like(w, z))
 
     return guided
+
+
+@dataclass(frozen=True)
+class GuidedLabels:
+    """Labels y (B,) long that each bring the guidance scale (B,) of their row. Where a loss takes labels it may be given these."""
+
+    y: Tensor
+    guidance_scale: Tensor
+
+    def __getitem__(self, rows: slice) -> Self:
+        return type(self)(self.y[rows], self.guidance_scale[rows])
+
+
+def told(u: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, Tensor, GuidedLabels], Tensor]:
+    """A student u(z, r, t, y, guidance_scale=...) as a function of guided labels."""
+    return lambda z, r, t, labels: u(z, r, t, labels.y, guidance_scale=labels.guidance_scale)
+
+
+def guided_as_told(v: Velocity, null_class: int, interval: tuple[float, float]) -> Callable[[Tensor, Tensor, GuidedLabels], Tensor]:
+    """`guided_velocity`, by the scale that each row's label brings."""
+    return lambda z, t, labels: guided_velocity(v, null_class, labels.guidance_scale, interval)(z, t, labels.y)

@@ -9,7 +9,8 @@ s to r, Algorithm 1 takes both from the student. Here one of them may be a step 
 student at its teacher: the default, see docs/method.md.
 
 Losses are pure: callables u(z, r, t, y) and v(z, t, y), states and times in; one value per sample out. Weighting,
-reduction and precision are the caller's. Shapes: z_t (B, ...), r, t, lam (B,), y (B,) long; results (B,) float32.
+reduction and precision are the caller's. Shapes: z_t (B, ...), r, t, lam (B,), y (B,) long; results (B,) float32. Labels are handed
+through as they come, so y may be `utils.guidance.GuidedLabels` where u and v take those.
 """
 
 from collections.abc import Callable

@@ -50,12 +50,17 @@ def table(rows: list[dict[str, Any]], floor: dict[str, float], protocol: dict[st
 
 
 def save_plot(path: Path, rows: list[dict[str, Any]], floor: dict[str, float]) -> None:
-    """Frechet distance against network evaluations, with the floor."""
+    """Frechet distance against network evaluations, a line for each guidance, with the floor."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    means = [row["frechet_distance"]["mean"] for row in rows]
-    spreads = [row["frechet_distance"]["std"] or 0 for row in rows]
-    axis.errorbar([row["evaluations"] for row in rows], means, spreads, marker="o", capsize=3, linestyle="-" if len(rows) > 1 else "")
+    lines: dict[float | None, list[dict[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault(row.get("guidance_scale"), []).append(row)
+    for scale, alike in lines.items():
+        means = [row["frechet_distance"]["mean"] for row in alike]
+        spreads = [row["frechet_distance"]["std"] or 0 for row in alike]
+        axis.errorbar([row["evaluations"] for row in alike], means, spreads, marker="o", capsize=3, linestyle="-" if len(alike) > 1 else "",
+                      label=f"guidance {scale:g}" if len(lines) > 1 else None)
     axis.axhline(floor["frechet_distance"], color="gray", linestyle="--", label="real held-out images")
     axis.set(xscale="log", xlabel="network evaluations", ylabel="Frechet distance")
     axis.set_xticks([row["evaluations"] for row in rows], [str(row["evaluations"]) for row in rows], minor=False)

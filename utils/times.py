@@ -45,6 +45,11 @@ def draw_times(num: int, law: str, generator: Generator) -> Tensor:
     return torch.sigmoid(loc + scale * torch.randn(num, generator=generator, device=generator.device))
 
 
+def draw_between(num: int, low: float, high: float, generator: Generator) -> Tensor:
+    """num independent values spread evenly over [low, high), float32 (num,)."""
+    return low + (high - low) * torch.rand(num, generator=generator, device=generator.device)
+
+
 def sampling_intervals(step_counts: Sequence[int]) -> list[tuple[float, float]]:
     """The intervals (r, t) that a student is asked for when it samples in these numbers of equal steps."""
     return sorted({(i / n, (i + 1) / n) for n in step_counts for i in range(n)})

@@ -149,8 +149,8 @@ def mean_guidance() -> None:
 
 def wider_modulation(factor: int) -> None:
     """adaLN of more channels than the teacher's, which at first have no effect: more room for what differs from interval to interval."""
-    def wider(teacher: DiT) -> DiT:
-        narrow = student_from_teacher(teacher)
+    def wider(teacher: DiT, *guidance: Any) -> DiT:
+        narrow = student_from_teacher(teacher, *guidance)
         rank = factor * teacher.architecture["modulation_rank"]
         student = build_network(**{**narrow.architecture, "modulation_rank": rank}).to(teacher.position.device)
         given = student.state_dict()
@@ -194,7 +194,7 @@ def deeper(extra: int) -> None:
         network.load_state_dict(grown(shallow, extra).state_dict())
         return metadata
 
-    change(STUDENTS, "student_from_teacher", lambda teacher: grown(student_from_teacher(teacher), extra))
+    change(STUDENTS, "student_from_teacher", lambda *args: grown(student_from_teacher(*args), extra))
     change(STUDENTS, "start_from", start)
 
 
