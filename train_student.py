@@ -2,9 +2,10 @@
 
     python train_student.py                             from the newest CIFAR-10 teacher in results/
     python train_student.py --data photos.zip --image-size 64           from the newest teacher of these images
+    python train_student.py --guidance-range 1 3        told its guidance, which is then chosen when it samples
     python train_student.py --first-leg self --lam-law uniform --adaptive-power 0 --edge-weight 0        Algorithm 1's legs, lam and loss
 
-The teacher's guidance is learned by the student, which samples in 1, 2 or 4 evaluations without any.
+The teacher's guidance is learned by the student, which samples in 1, 2 or 4 evaluations whatever it is.
 """
 
 import math

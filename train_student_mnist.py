@@ -4,7 +4,7 @@
     python train_student_mnist.py --data digits         the same on the small digits inside scikit-learn
     python train_student_mnist.py --first-leg self --lam-law uniform --adaptive-power 0        Algorithm 1's legs, lam and loss
 
-The teacher's guidance is learned by the student, which samples in 1, 2 or 4 evaluations without any.
+The teacher's guidance is learned by the student, which samples in 1, 2 or 4 evaluations whatever it is.
 """
 
 import math

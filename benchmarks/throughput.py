@@ -34,13 +34,12 @@ from models import DiT
 from utils.config import parse_config, require
 from utils.recipes import STUDENT
 
-RowName = Literal["teacher", "student", "student-euler", "student-self", "textbook-fp32", "textbook-bf16", "meanflow",
-                  "meanflow-eager"]
+RowName = Literal["teacher", "student", "student-euler", "student-self", "textbook-fp32", "textbook-bf16", "meanflow"]
 # Forward passes an image, a backward pass counted as two: the teacher's guided velocity takes two on every image, or with legs of the
 # student's own on the boundary's; the rest of a target three (midpoint leg), one (Euler) or two (its own). A JVP is counted as two.
 BOUNDARY = STUDENT["path"]["boundary_share"]
 FORWARDS = {"teacher": 3.0, "student": 3 + 2 + 3 * (1 - BOUNDARY), "student-euler": 3 + 2 + (1 - BOUNDARY),
-            "student-self": 5.0, "textbook-fp32": 3.0, "textbook-bf16": 3.0, "meanflow": 4.0, "meanflow-eager": 4.0}
+            "student-self": 5.0, "textbook-fp32": 3.0, "textbook-bf16": 3.0, "meanflow": 4.0}
 CLASSES = 10
 
 
@@ -128,7 +127,7 @@ def command(name: str, model: str, batch: int, gpus: int, steps: int, cfg: Any, 
         kind, _, how = name.partition("-")
         row = ["-m", f"benchmarks.{kind}", "--model", model, "--batch-size", str(batch)]
         row += (["--precision", how, "--num-workers", str(cfg.num_workers)] if kind == "textbook"
-                else ["--compile", str(cfg.compile and how != "eager")])
+                else ["--compile", str(cfg.compile)])
     return [sys.executable, *row, *common]
 
 

@@ -66,7 +66,6 @@ def test_growth_of_training_scripts(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(("name", "flags"), [
     ("textbook-bf16", ["--precision", "bf16", "--num-workers", "8"]),
     ("meanflow", ["--compile", "True"]),
-    ("meanflow-eager", ["--compile", "False"]),
 ])
 def test_command_of_a_rival(name, flags, tmp_path):
     line = throughput.command(name, "DiT-Nano/8", 16, 1, 1, throughput.Config(), tmp_path, "a")

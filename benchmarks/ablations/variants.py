@@ -76,6 +76,8 @@ VARIANTS = [
     student("pinned-0.6", "--pinned-share;0.6", "60 % of the intervals pinned"),
     student("pinned-1-step", "--pinned-steps;1", "only the interval of one step is pinned"),
     student("pinned-0.7", "--pinned-share;0.7", "most intervals pinned"),
+    student("told-1-to-2", "--guidance-range;1;2", "the student is told its guidance, 1 to 2"),
+    student("told-1.5-to-3", "--guidance-range;1.5;3", "the student is told its guidance, 1.5 to 3"),
     student("pinned-data-0.7", "--pinned-share;0.7", "r alone pinned, t uniform above it", patch="pin-data-end"),
     student("pinned-data-1", "--pinned-share;1", "the same in every row", patch="pin-data-end"),
     student("pinned-chain", "", "half of the pinned intervals are what the others' targets ask for", patch="pin-chain"),
