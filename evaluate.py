@@ -229,6 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             return TeacherDistance(partial(sample_velocity, v, num_steps=16, method="heun"), even_labels(32, images), shape, ranks)
 
     for name, evaluations, scale, sample in samplers:
+        scale = metadata["config"]["guidance_scale"] if scale is None else scale
         seeds, compared = [], []
         for seed in tqdm(range(cfg.seeds), name, disable=None):
             pixels = draw(sample, y, shape, seed, ranks, cfg.batch_size or ranks.batch_size, autoencoder.decode, cfg.bfloat16)
@@ -242,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             ratio, copies = metrics.memorisation(distances[:, 0], held_nearest[:, 0])
             numbers = {"neighbour_ratio": ratio, "near_copies": copies}
             if own:
-                numbers["teacher_distance"] = from_teacher(scale or metadata["config"]["guidance_scale"])(sample, seed)
+                numbers["teacher_distance"] = from_teacher(scale)(sample, seed)
             seeds.append(numbers)
             if not rows and seed == 0:                      # the samples that are nearest to some training image, with those
                 suspects = distances[:, 0].topk(10, largest=False).indices
@@ -257,7 +258,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if student:
         x = autoencoder.encode(to_range(real[:32].to(ranks.device)))
         eps = torch.randn(x.shape, generator=generator(ranks.device, 0, "map"), device=ranks.device)
-        residual = residual_map(network, lambda t: interpolate(x, eps, t), real_labels[:32].to(ranks.device))
+        u = network.at_guidance(next(iter(cfg.guidance_scale), None))
+        residual = residual_map(u, lambda t: interpolate(x, eps, t), real_labels[:32].to(ranks.device))
         report.save_residual(out / "residual.png", residual)
     result = {"protocol": protocol, "config": to_dict(cfg), "floor": report.full_names(floor, protocol),
               "rows": [report.full_names(row, protocol) for row in rows]}

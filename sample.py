@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     architecture = metadata["architecture"]
     shape = (architecture["num_channels"], architecture["image_size"], architecture["image_size"])
     decode = load_autoencoder(metadata.get("autoencoder"), cfg.autoencoder, ranks.device).decode
-    v = guided_velocity(network.velocity, network.null_class, 1.0 if cfg.guidance_scale is None else cfg.guidance_scale,
+    v = guided_velocity(network.velocity, network.null_class, 1.0 if student or cfg.guidance_scale is None else cfg.guidance_scale,
                         cfg.guidance_interval)
     out, counts = Path(cfg.out), cfg.num_steps or ((1, 2, 4) if student else (25,))
     for folder in (out / f"{n}step" for n in counts if "png" in cfg.formats):

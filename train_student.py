@@ -57,7 +57,7 @@ class Config(RunConfig):
     decay_share: float = 0.8                    # last share of the steps, in which they fall linearly to zero
     max_grad_norm: float = 1.0                  # gradients are clipped to this norm
     ema_decay: float = 0.9995                   # of the averaged weights, which are what is sampled and released
-    guidance_scale: float = 2.0                 # of the teacher's velocity; 1 is none
+    guidance_scale: float = 2.0                 # of the teacher's velocity; 1 is none. With a range: of sample grids and --eval-every
     guidance_interval: tuple[float, float] = (0.2, 0.8)     # times at which the teacher is guided
     guidance_range: tuple[float, float] | None = None       # of scales that the student is told and learns, to choose from; None: one alone
     boundary_share: float = 0.25                # of each batch: boundary condition; the rest: interval splitting
@@ -150,10 +150,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         v = guided_velocity(teacher.velocity, teacher.null_class, cfg.guidance_scale, cfg.guidance_interval)
 
-    def forward_backward(z_t: Tensor, r: Tensor, t: Tensor, share: Tensor, y: Tensor,
-                         scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_backward(z_t: Tensor, r: Tensor, t: Tensor, share: Tensor, y: Tensor, *scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Losses of this rank's rows; leaves their gradients in the student. scale: of their guidance, if the student is told it."""
-        labels = y if scale is None else GuidedLabels(y, scale)
+        labels = GuidedLabels(y, *scale) if scale else y
         with ranks.autocast():
             parts = student_loss(u, u_target, v, z_t, r, t, share, labels, num_boundary // ranks.world_size, cfg.first_leg, cfg.last_leg,
                                  cfg.edge_weight)

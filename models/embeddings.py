@@ -1,4 +1,4 @@
-"""What a DiT is told besides the image: the time, the interval length, the class and where each patch lies."""
+"""What a DiT is told besides the image: the time, the interval length, the guidance, the class and where each patch lies."""
 
 import math
 
@@ -40,6 +40,21 @@ class TimeEmbedding(nn.Module):
         """t: (B,) in [0, 1]. Returns (B, width)."""
         features = sinusoid(t, self.num_features).to(self.hidden.weight.dtype)
         return self.out(nn.functional.silu(self.hidden(features)))
+
+
+class GuidanceEmbedding(nn.Module):
+    """A learned vector at each of a few guidance scales, and between them linearly: sinusoids would be rough in the scale."""
+
+    def __init__(self, width: int, low: float, high: float, num_knots: int = 7):
+        super().__init__()
+        self.spacing = (high - low) / (num_knots - 1)
+        self.register_buffer("knots", torch.linspace(low, high, num_knots), persistent=False)
+        self.out = nn.Linear(num_knots, width, bias=False)
+
+    def forward(self, guidance_scale: Tensor) -> Tensor:
+        """guidance_scale: (B,) in [low, high]. Returns (B, width)."""
+        shares = (1 - (guidance_scale[:, None] - self.knots).abs() / self.spacing).clamp(min=0)      # (B, knots), of sum one
+        return self.out(shares.to(self.out.weight.dtype))
 
 
 def rotary_table(grid_size: int, head_dim: int) -> tuple[Tensor, Tensor]:

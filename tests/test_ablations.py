@@ -31,6 +31,11 @@ def test_a_variant_differs_from_the_defaults_as_it_says(variant):
     assert next(v for v in VARIANTS if v.name == variant.cost).stage == variant.stage
 
 
+@pytest.mark.parametrize("data", ["mnist", "cifar10", "digits"])
+def test_every_variant_can_be_asked_of_a_data_set(data):
+    assert sum(run.is_default(variant, run.Config(data=data)) for variant in VARIANTS) in range(1, len(VARIANTS) // 2)
+
+
 def test_a_variant_is_the_default_of_a_data_set_and_of_flags():
     fewer, more = (next(v for v in VARIANTS if v.name == name) for name in ("pinned-0.15", "pinned-0.6"))
     assert run.is_default(more, run.Config()) and not run.is_default(fewer, run.Config())

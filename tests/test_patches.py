@@ -308,3 +308,10 @@ def test_a_patch_that_no_longer_fits_says_so():
         changes.change([train_teacher_mnist], "gone", None)
     with pytest.raises(ValueError, match="unknown patch 'nonsense'; known are silu"):
         patches.main(["nonsense", "train_teacher.py"])
+
+
+@pytest.mark.parametrize("name", sorted(patches.OF_ONE_SCALE))
+def test_what_knows_one_guidance_scale_refuses_several(name, tmp_path):
+    assert name in patches.PATCHES
+    with pytest.raises(ValueError, match=f"--guidance-range: the patch {name}"):
+        patches.main([name, "train_student_mnist.py", *COMMON, "--guidance-range", "1", "4", "--results-dir", str(tmp_path)])

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten
 import train_student_mnist
 import train_teacher_mnist
 from models import DiT, student_from_teacher
-from utils.guidance import guided_velocity
+from utils.guidance import GuidedLabels, guided_as_told, guided_velocity, told
 from utils.losses import student_loss
 from utils.replay import EAGER_CALLS, Replay
 
@@ -51,18 +51,21 @@ def tapes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", lambda tape, **options: tape)
 
 
-def test_replayed_gradients_are_the_gradients(tapes):
+@pytest.mark.parametrize("guidance_range", [None, (1.0, 3.0)])
+def test_replayed_gradients_are_the_gradients(guidance_range, tapes):
     """Other inputs and other weights at every call; gradients clipped in place and dropped in between, as the loops do."""
     torch.manual_seed(0)
     teacher = DiT("DiT-Nano/4", 8, 1, 3)
     with torch.no_grad():
         for p in teacher.parameters():
             p.add_(0.02 * torch.randn_like(p))
-    student = student_from_teacher(teacher)
+    student = u = student_from_teacher(teacher, guidance_range, 2.0)
     v = guided_velocity(teacher.velocity, teacher.null_class, 2.0, (0.2, 0.8))
+    if guidance_range:
+        u, v = told(student), guided_as_told(teacher.velocity, teacher.null_class, (0.2, 0.8))
 
-    def forward_backward(z, r, t, share, y):
-        parts = student_loss(student, student, v, z, r, t, share, y, 4, "midpoint", "self")
+    def forward_backward(z, r, t, share, y, *scale):
+        parts = student_loss(u, u, v, z, r, t, share, GuidedLabels(y, *scale) if scale else y, 4, "midpoint", "self")
         loss = torch.cat(parts).mean()
         loss.backward()
         return loss, parts.splitting.mean()
@@ -71,6 +74,7 @@ def test_replayed_gradients_are_the_gradients(tapes):
     for _ in range(EAGER_CALLS + 3):
         r, t = torch.rand(2, 8).sort(dim=0).values
         inputs = torch.randn(8, 1, 8, 8), r, t, torch.full((8,), 0.3), torch.randint(0, 3, (8,))
+        inputs += (1 + 2 * torch.rand(8),) if guidance_range else ()
         expected = forward_backward(*inputs)
         wanted = [p.grad for p in student.parameters()]
         student.zero_grad(set_to_none=True)

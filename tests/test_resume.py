@@ -153,7 +153,8 @@ def twenty(results, tmp_path_factory):
     apart = {"two": [], "split": ["--shard", "True", "--sample-every", "10"]}           # samples between updates, too
     jobs = [[f"train_{stage}_mnist", *arguments[stage], "--results-dir", str(folders[way]), *apart[way]]
             for way in ("two", "split") for stage in arguments]
-    with_target = [*arguments["student"], "--steps", "4", "--target", "ema", "--name", "student-target", "--results-dir"]
+    with_target = [*arguments["student"], "--steps", "4", "--target", "ema", "--guidance-range", "1", "4", "--name", "student-target",
+                   "--results-dir"]
     train_student_mnist.main([*with_target, str(folders["one"])])
     jobs.append(["train_student_mnist", *with_target, str(folders["split"]), "--shard", "True"])
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "tests/two_processes.py",

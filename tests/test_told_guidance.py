@@ -12,7 +12,8 @@ import evaluate
 import export
 import sample
 import train_student_mnist
-from models import DiT, SiT, student_from_teacher
+from models import Classifier, DiT, SiT, student_from_teacher
+from models.embeddings import GuidanceEmbedding
 from pipeline import SplitMeanFlowPipeline
 from utils.checkpoints import load_network, start_from, write_weights
 from utils.flow import pad_like
@@ -122,23 +123,39 @@ def test_it_learns_what_guidance_does():
 
 def test_draws_are_spread_over_the_range(draw):
     scales = draw_between(20_000, 1.5, 3.0, draw)
-    assert 1.5 <= scales.min() < 1.51 and 2.99 < scales.max() < 3.0
+    assert 1.5 <= scales.min() < 1.51 and 2.99 < scales.max() <= 3.0
     counts = torch.histc(scales, 5, 1.5, 3.0)
     assert (counts / 4_000 - 1).abs().max() < 0.06
 
 
-@pytest.mark.parametrize("theirs, ours", [(None, RANGE), (RANGE, None), ((1.0, 5.0), RANGE)])
-def test_start_from_a_student_that_was_or_was_not_told(theirs, ours, tmp_path):
-    before = randomised(student_from_teacher(teacher(), theirs, 2.0))
-    write_weights(tmp_path / "before.safetensors", before.state_dict(), dict(kind="student", architecture=before.architecture))
-    network, (z, r, t, y) = student_from_teacher(teacher(), ours, 2.0), inputs()
+def test_what_it_is_told_is_smooth_in_the_scale():
+    """At a knot its own vector, between two of them their mean by distance."""
+    embed = GuidanceEmbedding(8, 1.5, 3.0)
+    torch.nn.init.normal_(embed.out.weight)
+    at = embed(torch.tensor([1.5, 1.75, 2.0, 3.0, 1.625, 1.8]))
+    rows = embed.out.weight.T
+    torch.testing.assert_close(at[:4], rows[[0, 1, 2, 6]])
+    torch.testing.assert_close(at[4], (rows[0] + rows[1]) / 2)
+    torch.testing.assert_close(at[5], 0.8 * rows[1] + 0.2 * rows[2])
+
+
+@pytest.mark.parametrize("before", [None, RANGE])
+def test_start_from_a_student(before, tmp_path):
+    theirs = randomised(student_from_teacher(teacher(), before, 2.0))
+    write_weights(tmp_path / "before.safetensors", theirs.state_dict(), dict(kind="student", architecture=theirs.architecture))
+    network, (z, r, t, y) = student_from_teacher(teacher(), RANGE, 1.5), inputs()
     start_from(network, tmp_path / "before.safetensors")
-    if theirs and ours:                                     # within another range the embedding is as good
-        torch.testing.assert_close(network.at_guidance(2.5)(z, r, t, y), before.at_guidance(2.5)(z, r, t, y))
-    elif ours:                                              # at first it does not listen
-        torch.testing.assert_close(network.at_guidance(2.5)(z, r, t, y), before(z, r, t, y))
-    else:
-        assert network.guidance_embed is None and torch.equal(network.label_embed.weight, before.label_embed.weight)
+    expected = theirs.at_guidance(2.5 if before else None)(z, r, t, y)      # one that was told nothing is all that it does at first
+    torch.testing.assert_close(network.at_guidance(2.5)(z, r, t, y), expected)
+
+
+@pytest.mark.parametrize("ours", [None, (1.0, 5.0)])
+def test_what_it_was_told_is_not_dropped(ours, tmp_path):
+    """Without it, or with another meaning of it, the weights would be a function that nobody trained."""
+    theirs = listening()
+    write_weights(tmp_path / "before.safetensors", theirs.state_dict(), dict(kind="student", architecture=theirs.architecture))
+    with pytest.raises(ValueError, match=r"is another network: .*guidance_range \[1.5, 3.0\], here"):
+        start_from(student_from_teacher(teacher(), ours, 2.0), tmp_path / "before.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +169,7 @@ def run(results, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def student(run, tmp_path_factory):
-    network, metadata = load_network(run, lambda **architecture: DiT(**architecture))
+    network, metadata = load_network(run, DiT)
     assert network.architecture["guidance_range"] == [1, 4] and network.guidance_scale == 2.5
     assert network.guidance_embed.out.weight.abs().max() > 0            # it has begun to listen
     file = tmp_path_factory.mktemp("student") / "student.safetensors"
@@ -192,7 +209,7 @@ def test_an_exported_file_has_the_scale_it_was_made_with(student, tmp_path, form
     target = tmp_path / f"out.{form}"
     export.main([str(student), str(target), "--guidance-scale", "3.5"])     # which compares it with the network before it is kept
     noise, label = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(5)), torch.tensor([0, 7])
-    network, _ = load_network(student, lambda **architecture: DiT(**architecture))
+    network, _ = load_network(student, DiT)
     expected, usual = (sample_average_velocity(network.at_guidance(w), noise, label, 1) for w in (3.5, None))
     if form == "pt2":
         files = {"information.json": ""}
@@ -223,11 +240,32 @@ def test_without_classes_there_is_nothing_to_tell(results, tmp_path):
     assert not (tmp_path / "results").exists()
 
 
-def test_rows_of_an_evaluation(student, tmp_path, results):
-    rows = evaluate.rows_of(load_network(student, lambda **architecture: DiT(**architecture))[0], True,
+def test_rows_of_an_evaluation(student):
+    rows = evaluate.rows_of(load_network(student, DiT)[0], True,
                             evaluate.Config(str(student), num_steps=(1, 2), guidance_scale=(1.0, 3.0)))
     assert [(name, count, scale) for name, count, scale, _ in rows] == [
         ("1 step, guidance 1", 1, 1.0), ("1 step, guidance 3", 1, 3.0), ("2 steps, guidance 1", 2, 1.0), ("2 steps, guidance 3", 2, 3.0)]
     z, y = torch.randn(2, 1, 8, 8), torch.tensor([0, 1])
     weak, strong = (draw(z, y) for *_, draw in rows[:2])
     assert not torch.allclose(weak, strong, atol=1e-3)
+
+
+def test_an_evaluation_by_scale(student, results, tmp_path):
+    """Each row has its scale and is compared with its teacher guided as much."""
+    judge, architecture = tmp_path / "classifier.safetensors", dict(num_channels=1, num_classes=10, width=8)
+    write_weights(judge, Classifier(**architecture).state_dict(),
+                  dict(kind="classifier", architecture=architecture, image_size=8, classes=[str(digit) for digit in range(10)]))
+    flags = [str(student), "--data", "digits", "--classifier", str(judge), "--num-images", "200", "--seeds", "1", "--num-steps", "1", "2",
+             "--teacher", str(results / "teacher-digits"), "--cache", str(tmp_path / "cache"), "--device", "cpu"]
+    found = {}
+    for scales in ([], ["1", "4"]):
+        evaluate.main([*flags, *(["--guidance-scale", *scales] if scales else []), "--out", str(tmp_path / f"out{len(scales)}")])
+        found |= {(row["evaluations"], row["guidance_scale"]): row
+                  for row in json.loads((tmp_path / f"out{len(scales)}" / "metrics.json").read_text())["rows"]}
+    assert set(found) == {(n, w) for n in (1, 2) for w in (1.0, 2.5, 4.0)}
+    for metric in ("frechet_distance", "teacher_distance"):
+        key = next(key for key in found[1, 1.0] if key.startswith(metric))
+        assert len({row[key]["mean"] for row in found.values()}) == 6
+    names = [row["name"] for row in found.values()]
+    assert names == ["1 step", "2 steps", "1 step, guidance 1", "1 step, guidance 4", "2 steps, guidance 1", "2 steps, guidance 4"]
+    assert (tmp_path / "out2/plot.png").stat().st_size > 1000 and (tmp_path / "out2/residual.png").stat().st_size > 1000

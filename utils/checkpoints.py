@@ -249,15 +249,10 @@ def resolve_weights(path: Path | str) -> Path:
     return folders[-1] / "ema.safetensors"
 
 
-def without_range(architecture: Mapping[str, Any]) -> dict[str, Any]:
-    """An architecture with "guidance", whether its network is told any, in place of the range, which shapes no weight."""
-    rest = {key: value for key, value in architecture.items() if key not in ("guidance_range", "guidance_scale")}
-    return {**rest, "guidance": "guidance_range" in architecture}
-
-
 def start_from(network: nn.Module, path: Path | str) -> dict[str, Any]:
-    """Give a fresh network the EMA weights of another run, but for the embeddings of what one of the two is told and the other is not:
-    classes, augmentation, guidance.
+    """Give a fresh network the EMA weights of another run, but where its classes or augmentation are others the embeddings of these.
+
+    A network that is told its guidance may start from one that is not, or from one that was told the same range.
 
     Args:
         path: anything that `resolve_weights` takes.
@@ -270,13 +265,15 @@ def start_from(network: nn.Module, path: Path | str) -> dict[str, Any]:
         ValueError: they are another network's.
     """
     weights, metadata = read_weights(resolve_weights(path))
-    theirs, ours = map(without_range, (metadata["architecture"], network.architecture))
+    theirs, ours = metadata["architecture"], network.architecture
     different = sorted(key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key))
-    embeddings = {"num_classes": "label_embed.", "augment_dim": "augment_embed.", "guidance": "guidance_embed."}
-    if not set(different) <= set(embeddings):
+    embeddings = {"num_classes": "label_embed.", "augment_dim": "augment_embed.", "guidance_range": "guidance_embed."}
+    newly_told = "guidance_range" in different and "guidance_range" not in theirs
+    free = {"num_classes", "augment_dim", "guidance_scale", *(["guidance_range"] if newly_told else [])}
+    if not set(different) <= free:
         facts = "; ".join(f"{key} {theirs.get(key)}, here {ours.get(key)}" for key in different)
         raise ValueError(f"--start-from {path} is another network: {facts}")
-    fresh = tuple(embeddings[key] for key in different)
+    fresh = tuple(embeddings[key] for key in different if key in embeddings)
     kept = {name: weight for name, weight in weights.items() if not name.startswith(fresh)}
     network.load_state_dict({**kept, **{name: weight for name, weight in network.state_dict().items() if name.startswith(fresh)}})
     return metadata

@@ -175,7 +175,7 @@ def check_guidance(images: Images | Latents, guidance_scales: tuple[float, ...])
     on = [scale for scale in guidance_scales if scale != 1]
     if on and len(images.classes) < 2:
         raise ValueError(f"--guidance-scale {on[0]}: guidance needs at least 2 classes, and {images.name} has "
-                         f"{len(images.classes)}; use --guidance-scale 1")
+                         f"{len(images.classes)}; use --guidance-scale 1 and no --guidance-range")
 
 
 class Batches:

@@ -1,5 +1,5 @@
 """Classifier-free guidance (Ho & Salimans, arXiv 2207.12598). A teacher learns with labels dropped; its guided velocity
-is the student's target, and the student itself samples without guidance."""
+is the student's target, and the student itself samples without guidance, of one scale or of the one that it is told."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -46,7 +46,7 @@ def draw_times(num: int, law: str, generator: Generator) -> Tensor:
 
 
 def draw_between(num: int, low: float, high: float, generator: Generator) -> Tensor:
-    """num independent values spread evenly over [low, high), float32 (num,)."""
+    """num independent values spread evenly over [low, high], float32 (num,)."""
     return low + (high - low) * torch.rand(num, generator=generator, device=generator.device)
 
 

@@ -45,10 +45,16 @@ PATCHES: dict[str, Callable[[], None]] = {
 }
 
 
+# These change what guidance is, or how a loss handles labels.
+OF_ONE_SCALE = {"soft-guidance", "mean-guidance", "shared-states", "teacher-features-0.3", "teacher-features-1"}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     name, script, *flags = sys.argv[1:] if argv is None else argv
     if name not in PATCHES:
         raise ValueError(f"unknown patch {name!r}; known are {', '.join(PATCHES)}")
+    if name in OF_ONE_SCALE and "--guidance-range" in flags:
+        raise ValueError(f"--guidance-range: the patch {name} knows students of one guidance scale only; leave it out")
     PATCHES[name]()
     importlib.import_module(script.removesuffix(".py").replace("/", ".")).main(flags)
 
