@@ -8,53 +8,40 @@ from torch import Tensor, nn
 # Angular frequencies of the time features. Times lie in [0, 1], so the slowest feature turns by 1 rad over a trajectory
 # and the fastest completes about 20 turns. Far higher frequencies (the 1000 t of DDPM) make u(z, r, t) rough in t, and
 # interval splitting compares u at neighbouring times (cf. Lu & Song, arXiv 2410.11081, on consistency models).
-LOWEST_FREQUENCY, HIGHEST_FREQUENCY = 1.0, 128.0
+# Samples change slowly with the guidance scale; told by such fast features, a briefly trained student was uneven in it.
+LOWEST_FREQUENCY, HIGHEST_FREQUENCY, OF_GUIDANCE = 1.0, 128.0, 8.0
 
 
-def sinusoid(t: Tensor, num_features: int) -> Tensor:
+def sinusoid(t: Tensor, num_features: int, highest_frequency: float = HIGHEST_FREQUENCY) -> Tensor:
     """Cosine and sine features of a time, in float32 whatever the autocast.
 
     Args:
-        t: times or interval lengths in [0, 1], (B,).
+        t: times, interval lengths or inverse guidance scales in [0, 1], (B,).
         num_features: size of the result, even.
+        highest_frequency: of the fastest feature, in rad; the slowest has `LOWEST_FREQUENCY`.
 
     Returns:
         (B, num_features), values in [-1, 1].
     """
     exponent = torch.linspace(0, 1, num_features // 2, device=t.device, dtype=torch.float32)
-    frequency = LOWEST_FREQUENCY * (HIGHEST_FREQUENCY / LOWEST_FREQUENCY) ** exponent
+    frequency = LOWEST_FREQUENCY * (highest_frequency / LOWEST_FREQUENCY) ** exponent
     angle = t.float()[:, None] * frequency                              # (B, F/2)
     return torch.cat([angle.cos(), angle.sin()], dim=1)                 # (B, F)
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoid followed by a two-layer MLP; used for the time t and, in a student, for the interval t - r."""
+    """Sinusoid followed by a two-layer MLP; used for the time t and, in a student, for the interval t - r and 1 / guidance scale."""
 
-    def __init__(self, width: int, num_features: int = 256):
+    def __init__(self, width: int, num_features: int = 256, highest_frequency: float = HIGHEST_FREQUENCY):
         super().__init__()
-        self.num_features = num_features
+        self.num_features, self.highest_frequency = num_features, highest_frequency
         self.hidden = nn.Linear(num_features, width)
         self.out = nn.Linear(width, width)
 
     def forward(self, t: Tensor) -> Tensor:
         """t: (B,) in [0, 1]. Returns (B, width)."""
-        features = sinusoid(t, self.num_features).to(self.hidden.weight.dtype)
+        features = sinusoid(t, self.num_features, self.highest_frequency).to(self.hidden.weight.dtype)
         return self.out(nn.functional.silu(self.hidden(features)))
-
-
-class GuidanceEmbedding(nn.Module):
-    """A learned vector at each of a few guidance scales, and between them linearly: sinusoids would be rough in the scale."""
-
-    def __init__(self, width: int, low: float, high: float, num_knots: int = 7):
-        super().__init__()
-        self.spacing = (high - low) / (num_knots - 1)
-        self.register_buffer("knots", torch.linspace(low, high, num_knots), persistent=False)
-        self.out = nn.Linear(num_knots, width, bias=False)
-
-    def forward(self, guidance_scale: Tensor) -> Tensor:
-        """guidance_scale: (B,) in [low, high]. Returns (B, width)."""
-        shares = (1 - (guidance_scale[:, None] - self.knots).abs() / self.spacing).clamp(min=0)      # (B, knots), of sum one
-        return self.out(shares.to(self.out.weight.dtype))
 
 
 def rotary_table(grid_size: int, head_dim: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._functorch import config as functorch_config
 
-from models.embeddings import GuidanceEmbedding
+from models.embeddings import OF_GUIDANCE, TimeEmbedding
 from models.hub import HubModel
 
 FUSED_ON = [(9, 0)]                                         # compute capabilities that our own kernels were made for: Hopper
@@ -86,11 +86,13 @@ class Transformer(nn.Module, HubModel):
         if not 1 <= low <= guidance_scale <= high < math.inf or low == high:
             raise ValueError(f"guidance range {low} to {high} with scale {guidance_scale}: needs 1 <= low <= scale <= high, and low < high")
         self.guidance_range, self.guidance_scale = (low, high), guidance_scale
-        self.guidance_embed = GuidanceEmbedding(width, low, high)
+        self.guidance_embed = TimeEmbedding(width, highest_frequency=OF_GUIDANCE)
         return {"guidance_range": [low, high], "guidance_scale": guidance_scale}
 
     def told_guidance(self, guidance_scale: Tensor | None, t: Tensor) -> Tensor | None:
         """What to add to a condition, (B, D), if anything. guidance_scale: of each row, (B,), or None for the network's own; t: (B,).
+
+        Told is 1 / w, in (0, 1] as times are.
 
         Raises:
             ValueError: a scale, and the network is not told any.
@@ -99,7 +101,7 @@ class Transformer(nn.Module, HubModel):
             if guidance_scale is not None:
                 raise ValueError("this network is not told a guidance scale: a student's is inside, a teacher is guided from outside")
             return None
-        return self.guidance_embed(torch.full_like(t, self.guidance_scale) if guidance_scale is None else guidance_scale)
+        return self.guidance_embed(1 / (torch.full_like(t, self.guidance_scale) if guidance_scale is None else guidance_scale))
 
     def at_guidance(self, guidance_scale: float | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
         """A student's u(z, r, t, y) guided by one scale; None: by its own.

@@ -252,7 +252,7 @@ def resolve_weights(path: Path | str) -> Path:
 def start_from(network: nn.Module, path: Path | str) -> dict[str, Any]:
     """Give a fresh network the EMA weights of another run, but where its classes or augmentation are others the embeddings of these.
 
-    A network that is told its guidance may start from one that is not, or from one that was told the same range.
+    A network that is told its guidance may start from one that is not, and from one that was told other scales.
 
     Args:
         path: anything that `resolve_weights` takes.
@@ -268,9 +268,10 @@ def start_from(network: nn.Module, path: Path | str) -> dict[str, Any]:
     theirs, ours = metadata["architecture"], network.architecture
     different = sorted(key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key))
     embeddings = {"num_classes": "label_embed.", "augment_dim": "augment_embed.", "guidance_range": "guidance_embed."}
-    newly_told = "guidance_range" in different and "guidance_range" not in theirs
-    free = {"num_classes", "augment_dim", "guidance_scale", *(["guidance_range"] if newly_told else [])}
-    if not set(different) <= free:
+    if "guidance_range" in theirs and "guidance_range" in ours:
+        different = [key for key in different if not key.startswith("guidance_")]       # neither range nor default shapes a weight
+    told_less = "guidance_range" in theirs and "guidance_range" not in ours
+    if told_less or not set(different) <= {*embeddings, "guidance_scale"}:
         facts = "; ".join(f"{key} {theirs.get(key)}, here {ours.get(key)}" for key in different)
         raise ValueError(f"--start-from {path} is another network: {facts}")
     fresh = tuple(embeddings[key] for key in different if key in embeddings)

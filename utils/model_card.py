@@ -72,6 +72,8 @@ def model_card(name: str, metadata: dict[str, Any], weights: str, run: Path, eva
     size = f"{architecture['image_size']} x {architecture['image_size']} x {architecture['num_channels']}"
     classes = metadata["classes"]
     call = f"class_labels=[{classes[0]!r}]" if classes else "batch_size=4"
+    if config.get("guidance_range"):
+        call += f", guidance_scale={config['guidance_scale']:g}"
     what = ("Few-step student: an image in 1, 2 or 4 network evaluations. Its teacher's guidance, "
             f"{guidance_in_words(config)}, is part of it." if student else
             "Flow-matching teacher: velocities of an ODE, solved in some 25 steps, with or without guidance.")
