@@ -2,7 +2,7 @@
 a student may be told."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -103,7 +103,7 @@ class Transformer(nn.Module, HubModel):
             return None
         return self.guidance_embed(1 / (torch.full_like(t, self.guidance_scale) if guidance_scale is None else guidance_scale))
 
-    def at_guidance(self, guidance_scale: float | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    def at_guidance(self, guidance_scale: float | None) -> nn.Module:
         """A student's u(z, r, t, y) guided by one scale; None: by its own.
 
         Raises:
@@ -116,8 +116,19 @@ class Transformer(nn.Module, HubModel):
         low, high = self.guidance_range
         if not low <= guidance_scale <= high:
             raise ValueError(f"guidance scale {guidance_scale}: this student learned {low:g} to {high:g}")
-        return lambda z, r, t, y: self(z, r, t, y, guidance_scale=torch.full_like(t, guidance_scale))
+        return AtGuidance(self, guidance_scale)
 
     def velocity(self, z: Tensor, t: Tensor, y: Tensor, **told: Tensor) -> Tensor:
         """Instantaneous velocity v(z, t, y), which is u(z, t, t, y) by definition. Shapes, and what else may be told, as in `forward`."""
         return self(z, t, t, y, **told)
+
+
+class AtGuidance(nn.Module):
+    """A student's u(z, r, t, y) at one of the guidance scales that it is told."""
+
+    def __init__(self, network: Transformer, guidance_scale: float):
+        super().__init__()
+        self.network, self.guidance_scale = network, guidance_scale
+
+    def forward(self, z: Tensor, r: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return self.network(z, r, t, y, guidance_scale=torch.full_like(t, self.guidance_scale))
