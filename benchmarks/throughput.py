@@ -3,6 +3,7 @@
     python -m benchmarks.throughput                                          all rows at batch 512, on one GPU
     python -m benchmarks.throughput --rows teacher student --batch-size 64 128 256 512 1024 2048 --cold False
     python -m benchmarks.throughput --rows teacher student --num-gpus 1 2    each GPU keeps its batch
+    python -m benchmarks.throughput --rows teacher teacher+ema-every-8       a change that no flag makes (benchmarks/ablations/patches.py)
 
 Every row is a process of its own on random images. Training scripts are started by their own command line and read by their
 metrics.jsonl: nothing of them is copied here. They run twice, first on an empty compile cache for one update, then for
@@ -21,7 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import imageio.v3 as imageio
 import torch
@@ -29,12 +30,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from benchmarks.ablations.patches import PATCHES
 from benchmarks.report import markdown, plot
 from models import DiT
 from utils.config import parse_config, require
 from utils.recipes import STUDENT
 
-RowName = Literal["teacher", "student", "student-euler", "student-self", "textbook-fp32", "textbook-bf16", "meanflow"]
 # Forward passes an image, a backward pass counted as two: the teacher's guided velocity takes two on every image, or with legs of the
 # student's own on the boundary's; the rest of a target three (midpoint leg), one (Euler) or two (its own). A JVP is counted as two.
 BOUNDARY = STUDENT["path"]["boundary_share"]
@@ -43,9 +44,20 @@ FORWARDS = {"teacher": 3.0, "student": 3 + 2 + 3 * (1 - BOUNDARY), "student-eule
 CLASSES = 10
 
 
+def parts(name: str) -> tuple[str, str]:
+    """A row and the patch under which its script runs, or "": "teacher+ema-every-8" is both."""
+    row, _, patch = name.partition("+")
+    return row, patch
+
+
+def known(name: str) -> bool:
+    row, patch = parts(name)
+    return row in FORWARDS and (not patch or (patch in PATCHES and row.startswith(("teacher", "student"))))
+
+
 @dataclass(frozen=True)
 class Config:
-    rows: tuple[RowName, ...] = ("teacher", "student", "student-euler", "student-self", "textbook-fp32", "textbook-bf16", "meanflow")
+    rows: tuple[str, ...] = ("teacher", "student", "student-euler", "student-self", "textbook-fp32", "textbook-bf16", "meanflow")
     model: tuple[str, ...] = ("DiT-S/2",)       # presets
     batch_size: tuple[int, ...] = (512,)        # images an update on each GPU
     num_gpus: tuple[int, ...] = (1,)            # more than one: torchrun on this machine, training scripts only
@@ -65,6 +77,8 @@ class Config:
             require(self, field, len(getattr(self, field)) > 0, "one or more values")
         for field in ("batch_size", "num_gpus"):
             require(self, field, min(getattr(self, field)) >= 1, "counts of at least 1")
+        require(self, "rows", all(known(name) for name in self.rows),
+                f"of {', '.join(FORWARDS)}; teacher and students also as ROW+PATCH, a patch of benchmarks/ablations")
 
 
 @dataclass
@@ -117,6 +131,9 @@ def command(name: str, model: str, batch: int, gpus: int, steps: int, cfg: Any, 
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"] if gpus > 1 else []
     script = ["--global-batch-size", str(batch * gpus), "--sample-every", str(steps), "--save-every", str(steps), "--comet", "off",
               "--compile", str(cfg.compile), "--num-workers", "8"]
+    name, patch = parts(name)
+    if patch:
+        launcher += ["-m", "benchmarks.ablations.patches", patch]
     if name == "teacher":
         row = [*launcher, "train_teacher.py", "--model", model, *script, "--sample-steps", "1", "--guidance-scale", "1"]
     elif name.startswith("student"):
@@ -167,7 +184,7 @@ def measure(name: str, model: str, batch: int, gpus: int, cfg: Config, folder: P
         cold = first if kind == "cold" else cold
     speeds = [row["images_per_second"] for row in rows[1:]]                     # the first window holds compilation
     warm = None if cache is None else first - (cfg.steps - 1) * batch * gpus / statistics.median(speeds)   # told after a window
-    flops = forward_flops(model, cfg.image_size) * FORWARDS[name] * statistics.median(speeds) / 1e12
+    flops = forward_flops(model, cfg.image_size) * FORWARDS[parts(name)[0]] * statistics.median(speeds) / 1e12
     return Row(name, model, batch, gpus, speeds, rows[-1].get("memory_gib"), cold, warm, flops)
 
 

@@ -74,6 +74,19 @@ def test_command_of_a_rival(name, flags, tmp_path):
     parse_config(config_class, line[3:], None)              # it takes these flags
 
 
+def test_command_of_a_patched_row(tmp_path):
+    plain, patched = (throughput.command(name, "DiT-Nano/8", 16, 2, 1, throughput.Config(), tmp_path, "a")
+                      for name in ("student", "student+guidance-at-once"))
+    i = plain.index("train_student.py")
+    assert patched == [*plain[:i], "-m", "benchmarks.ablations.patches", "guidance-at-once", *plain[i:]]
+
+
+@pytest.mark.parametrize("name", ["tutor", "teacher+nothing", "meanflow+ema-every-8"])
+def test_unknown_rows(name):
+    with pytest.raises(ValueError, match="of teacher, student, .* also as ROW\\+PATCH"):
+        throughput.Config(rows=("teacher", name))
+
+
 def test_failed_row_says_why(tmp_path):
     with pytest.raises(RuntimeError, match="DiT-Huge/2"):
         throughput.launch([sys.executable, "-c", "raise SystemExit('no DiT-Huge/2')"], tmp_path / "metrics.jsonl", tmp_path)

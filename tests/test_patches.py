@@ -10,7 +10,7 @@ from runs import COMMON, TEACHER
 
 import train_student_mnist
 import train_teacher_mnist
-from benchmarks.ablations import changes, network_patches, patches, student_patches
+from benchmarks.ablations import changes, network_patches, patches, speed_patches, student_patches
 from models import DiT
 from utils import losses as losses_module
 from utils.checkpoints import write_weights
@@ -19,7 +19,8 @@ from utils.losses import anchored_splitting_loss, squared_error
 
 OF_STUDENTS = {"deeper", "mixed-leg", "own-leg-in-two", "pin-by-count", "pin-chain", "pin-data-end", "soft-guidance",
                "teacher-features-0.3", "teacher-features-1", "three-hops", "two-hops", "warm-start"}
-TESTED_BELOW = {"heads-of-128", "compile-whole", "two-steps", "shared-states", "mean-guidance", "wider-modulation"}
+TESTED_BELOW = {"heads-of-128", "compile-whole", "two-steps", "shared-states", "mean-guidance", "wider-modulation", "guidance-at-once",
+                "ema-every-8"}
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def undo(monkeypatch):
         for module in modules:
             monkeypatch.setattr(module, name, new)
 
-    for module in (patches, network_patches, student_patches):
+    for module in (patches, network_patches, speed_patches, student_patches):
         monkeypatch.setattr(module, "change", change)
 
 
@@ -56,6 +57,38 @@ def test_a_patched_script_trains_another_way(name, plain, undo, tmp_path):
     changed, unchanged = losses(tmp_path / "changed"), losses(plain / stage)
     assert len(changed) == len(unchanged) and all(torch.tensor(changed).isfinite())
     assert changed != unchanged
+
+
+def test_guidance_at_once(undo):
+    """The same velocity, of one call."""
+    plain, calls = train_student_mnist.guided_velocity, []
+
+    def v(z, t, y):
+        calls.append(len(z))
+        return z * y[:, None] + t[:, None]
+
+    inputs = torch.randn(5, 3), torch.linspace(0, 1, 5), torch.arange(5)
+    patches.PATCHES["guidance-at-once"]()
+    at_once = train_student_mnist.guided_velocity(v, 7, 2.5, (0.2, 0.8))(*inputs)
+    assert calls == [10]
+    torch.testing.assert_close(at_once, plain(v, 7, 2.5, (0.2, 0.8))(*inputs))
+
+
+def test_rare_average(undo):
+    """After eight updates of the same weights it is where the other one is; before, it has not moved."""
+    plain = train_teacher_mnist.ModelEmaV3
+    patches.PATCHES["ema-every-8"]()
+    network = torch.nn.Linear(2, 2)
+    averages = [kind(network, decay=0.9) for kind in (plain, train_teacher_mnist.ModelEmaV3)]
+    start = network.weight.detach().clone()
+    with torch.no_grad():
+        network.weight.add_(1)
+    for update in range(2, 9):                              # at the first one a plain average is the weights themselves
+        assert torch.equal(averages[1].module.weight, start)
+        for average in averages:
+            average.update(network, update)
+    averages[0].update(network, 9)
+    torch.testing.assert_close(averages[1].module.weight, averages[0].module.weight)
 
 
 def test_heads(undo):

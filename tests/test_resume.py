@@ -199,6 +199,24 @@ def test_what_two_processes_split_one_goes_on_with(twenty, results, monkeypatch)
             assert all(torch.equal(value, loaded["state"][i][key]) for key, value in values.items())
 
 
+def test_a_rank_that_dies_takes_the_others_along(results, tmp_path, capsys):
+    """No process is left waiting for it, what was saved is whole, and the same flags go on, in one process too."""
+    arguments = [*TEACHER, "--results-dir", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "tests/dying_rank.py",
+                           str(tmp_path), "train_teacher_mnist", *arguments],
+                          cwd=ROOT, capture_output=True, text=True, timeout=180,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    assert done.returncode != 0 and "SIGKILL" in done.stderr
+    for rank in (0, 1):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((tmp_path / f"rank{rank}.pid").read_text()), 0)
+    checkpoints = tmp_path / "teacher-digits/checkpoints"
+    assert step_folders(checkpoints)[-1].name == "step_00000004" and not list(checkpoints.glob(".step*"))
+    train_teacher_mnist.main(arguments)
+    assert "going on after step 4" in capsys.readouterr().out
+    assert_close(everything(results / "teacher-digits"), everything(tmp_path / "teacher-digits"))
+
+
 def test_nothing_to_split_among_one_process(tmp_path):
     with pytest.raises(ValueError, match="--shard True: there is one process"):
         train_teacher_mnist.main([*TEACHER, "--results-dir", str(tmp_path), "--shard", "True"])

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from torch.nn import functional as F
 
-from benchmarks.ablations import network_patches, student_patches
+from benchmarks.ablations import network_patches, speed_patches, student_patches
 from benchmarks.ablations.changes import change
 from models import dit
 
@@ -42,11 +42,15 @@ PATCHES: dict[str, Callable[[], None]] = {
     "teacher-features-0.3": lambda: student_patches.teacher_features(0.3),
     "teacher-features-1": lambda: student_patches.teacher_features(1),
     "warm-start": lambda: student_patches.warm_start(100),
+    "guidance-at-once": speed_patches.guidance_at_once,
+    "ema-every-8": lambda: speed_patches.ema_every(8),
+    "muon-every-4": lambda: speed_patches.muon_every(4),
+    "drawn-once": speed_patches.drawn_once,
 }
 
 
 # These change what guidance is, or how a loss handles labels.
-OF_ONE_SCALE = {"soft-guidance", "mean-guidance", "shared-states", "teacher-features-0.3", "teacher-features-1"}
+OF_ONE_SCALE = {"guidance-at-once", "soft-guidance", "mean-guidance", "shared-states", "teacher-features-0.3", "teacher-features-1"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
