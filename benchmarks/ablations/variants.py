@@ -56,6 +56,8 @@ VARIANTS = [
     student("two-hops", "--lam-law;constant(0.51)", "two hops of the unrolled target in one leg", patch="two-hops", cost="own"),
     student("three-hops", "--lam-law;constant(0.657)", "three of them", patch="three-hops", cost="own"),
     student("own-leg-in-two", "", "the student makes its own leg in two steps", patch="own-leg-in-two", cost="own"),
+    student("lam-0.2", "--lam-law;constant(0.2)", "lam 0.2: a finer solver, more hops"),
+    student("lam-0.3-to-0.1", "--lam-law;anneal(0.3, 0.1, 0.8)", "lam from 0.3 to 0.1"),
     student("midpoint-uniform", "--first-leg;midpoint;--lam-law;uniform", "lam uniform", cost="midpoint-0.3"),
     student("former-defaults", "--boundary-share;0.5;--pinned-share;0.4;--edge-weight;0;--lr;0.0005;--muon-lr;0.01;--decay-share;0.4",
             "more boundary, fewer pinned intervals, no edges, learning rates that fall later"),
