@@ -11,7 +11,7 @@ from runs import COMMON, TEACHER
 import train_student_mnist
 import train_teacher_mnist
 from benchmarks.ablations import changes, network_patches, patches, speed_patches, student_patches
-from models import DiT
+from models import DiT, dit
 from utils import losses as losses_module
 from utils.checkpoints import write_weights
 from utils.flow import step
@@ -20,7 +20,7 @@ from utils.losses import anchored_splitting_loss, squared_error
 OF_STUDENTS = {"deeper", "mixed-leg", "own-leg-in-two", "pin-by-count", "pin-chain", "pin-data-end", "soft-guidance",
                "teacher-features-0.3", "teacher-features-1", "three-hops", "two-hops", "warm-start"}
 TESTED_BELOW = {"heads-of-128", "compile-whole", "two-steps", "shared-states", "mean-guidance", "wider-modulation", "guidance-at-once",
-                "ema-every-8"}
+                "ema-every-8", "attention-cudnn", "attention-flash", "attention-plain"}
 
 
 @pytest.fixture
@@ -72,6 +72,20 @@ def test_guidance_at_once(undo):
     at_once = train_student_mnist.guided_velocity(v, 7, 2.5, (0.2, 0.8))(*inputs)
     assert calls == [10]
     torch.testing.assert_close(at_once, plain(v, 7, 2.5, (0.2, 0.8))(*inputs))
+
+
+@pytest.mark.parametrize("name", ["attention-flash", "attention-plain"])         # cuDNN has none on a CPU
+def test_attention_is_the_same_by_another_backend(name, undo, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
+    torch.manual_seed(0)
+    network = DiT("DiT-Nano/4", 8, 1, 10)
+    plain = network.blocks[0].attention.attend
+    patches.PATCHES[name]()
+    network.compile_blocks()
+    other = network.blocks[0].attention.attend
+    assert plain is dit.attend and other is not plain
+    inputs = torch.randn(3, 4, 3 * 128), network.rotary_cos, network.rotary_sin, 4
+    torch.testing.assert_close(torch.compile(other, backend="eager", fullgraph=True)(*inputs), plain(*inputs))
 
 
 def test_rare_average(undo):

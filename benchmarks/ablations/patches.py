@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend
 
 from benchmarks.ablations import network_patches, speed_patches, student_patches
 from benchmarks.ablations.changes import change
@@ -46,6 +47,9 @@ PATCHES: dict[str, Callable[[], None]] = {
     "ema-every-8": lambda: speed_patches.ema_every(8),
     "muon-every-4": lambda: speed_patches.muon_every(4),
     "drawn-once": speed_patches.drawn_once,
+    "attention-cudnn": lambda: speed_patches.attention_by(SDPBackend.CUDNN_ATTENTION),
+    "attention-flash": lambda: speed_patches.attention_by(SDPBackend.FLASH_ATTENTION),
+    "attention-plain": lambda: speed_patches.attention_by(None),
 }
 
 

@@ -6,10 +6,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from einops import rearrange
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.ablations.changes import STUDENTS, TEACHERS, change
+from models import dit
 from utils import optim
 from utils.flow import pad_like
 from utils.guidance import Velocity
@@ -74,3 +78,25 @@ def drawn_once() -> None:
     for scripts, names in ((TEACHERS, ["draw_times"]), (STUDENTS, ["draw_times", "draw_intervals"])):
         for name in names:
             change(scripts, name, once(getattr(scripts[0], name)))
+
+
+def attention_by(backend: SDPBackend | None) -> None:
+    """Attention forward and backward by one of PyTorch's backends in place of our kernel; None: two products and a softmax, compiled."""
+    compile_blocks = dit.DiT.compile_blocks
+
+    def attend(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
+        q, k, v = dit.normalised_heads(qkv, cos, sin, num_heads)
+        if backend is None:
+            seen = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype) @ v
+        else:
+            with sdpa_kernel(backend):
+                seen = F.scaled_dot_product_attention(q, k, v)
+        return rearrange(seen, "b h t d -> b t (h d)")
+
+    def with_that(self: dit.DiT, *args: int) -> None:
+        compile_blocks(self, *args)                         # nothing is compiled before its first call
+        for part in self.modules():
+            if isinstance(part, dit.Attention):
+                part.attend = attend
+
+    change([dit.DiT], "compile_blocks", with_that)
