@@ -4,6 +4,7 @@ from runs import COMMON, TEACHER
 
 import train_student_mnist
 import train_teacher_mnist
+from benchmarks.ablations import network_patches, patches, speed_patches, student_patches
 
 torch.set_num_threads(1)          # the networks are tiny: threads would only wait for each other
 
@@ -20,3 +21,14 @@ def results(tmp_path_factory):
     train_teacher_mnist.main([*TEACHER, "--results-dir", str(folder)])
     train_student_mnist.main([*COMMON, "--results-dir", str(folder)])
     return folder
+
+
+@pytest.fixture
+def undo(monkeypatch):
+    """Patches of the ablations last as long as the test."""
+    def change(modules, name, new):
+        for module in modules:
+            monkeypatch.setattr(module, name, new)
+
+    for module in (patches, network_patches, speed_patches, student_patches):
+        monkeypatch.setattr(module, "change", change)

@@ -10,28 +10,17 @@ from runs import COMMON, TEACHER
 
 import train_student_mnist
 import train_teacher_mnist
-from benchmarks.ablations import changes, network_patches, patches, speed_patches, student_patches
-from models import DiT, dit
+from benchmarks.ablations import changes, network_patches, patches, student_patches
+from models import DiT
 from utils import losses as losses_module
 from utils.checkpoints import write_weights
 from utils.flow import step
 from utils.losses import anchored_splitting_loss, squared_error
 
-OF_STUDENTS = {"deeper", "mixed-leg", "own-leg-in-two", "pin-by-count", "pin-chain", "pin-data-end", "soft-guidance",
+OF_STUDENTS = {"deeper", "input-skip", "mixed-leg", "own-leg-in-two", "pin-by-count", "pin-chain", "pin-data-end", "soft-guidance",
                "teacher-features-0.3", "teacher-features-1", "three-hops", "two-hops", "warm-start"}
 TESTED_BELOW = {"heads-of-128", "compile-whole", "two-steps", "shared-states", "mean-guidance", "wider-modulation", "guidance-at-once",
                 "ema-every-8", "attention-cudnn", "attention-flash", "attention-plain"}
-
-
-@pytest.fixture
-def undo(monkeypatch):
-    """Patches last as long as the test."""
-    def change(modules, name, new):
-        for module in modules:
-            monkeypatch.setattr(module, name, new)
-
-    for module in (patches, network_patches, speed_patches, student_patches):
-        monkeypatch.setattr(module, "change", change)
 
 
 def losses(folder) -> list[float]:
@@ -57,52 +46,6 @@ def test_a_patched_script_trains_another_way(name, plain, undo, tmp_path):
     changed, unchanged = losses(tmp_path / "changed"), losses(plain / stage)
     assert len(changed) == len(unchanged) and all(torch.tensor(changed).isfinite())
     assert changed != unchanged
-
-
-def test_guidance_at_once(undo):
-    """The same velocity, of one call."""
-    plain, calls = train_student_mnist.guided_velocity, []
-
-    def v(z, t, y):
-        calls.append(len(z))
-        return z * y[:, None] + t[:, None]
-
-    inputs = torch.randn(5, 3), torch.linspace(0, 1, 5), torch.arange(5)
-    patches.PATCHES["guidance-at-once"]()
-    at_once = train_student_mnist.guided_velocity(v, 7, 2.5, (0.2, 0.8))(*inputs)
-    assert calls == [10]
-    torch.testing.assert_close(at_once, plain(v, 7, 2.5, (0.2, 0.8))(*inputs))
-
-
-@pytest.mark.parametrize("name", ["attention-flash", "attention-plain"])         # cuDNN has none on a CPU
-def test_attention_is_the_same_by_another_backend(name, undo, monkeypatch):
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
-    torch.manual_seed(0)
-    network = DiT("DiT-Nano/4", 8, 1, 10)
-    plain = network.blocks[0].attention.attend
-    patches.PATCHES[name]()
-    network.compile_blocks()
-    other = network.blocks[0].attention.attend
-    assert plain is dit.attend and other is not plain
-    inputs = torch.randn(3, 4, 3 * 128), network.rotary_cos, network.rotary_sin, 4
-    torch.testing.assert_close(torch.compile(other, backend="eager", fullgraph=True)(*inputs), plain(*inputs))
-
-
-def test_rare_average(undo):
-    """After eight updates of the same weights it is where the other one is; before, it has not moved."""
-    plain = train_teacher_mnist.ModelEmaV3
-    patches.PATCHES["ema-every-8"]()
-    network = torch.nn.Linear(2, 2)
-    averages = [kind(network, decay=0.9) for kind in (plain, train_teacher_mnist.ModelEmaV3)]
-    start = network.weight.detach().clone()
-    with torch.no_grad():
-        network.weight.add_(1)
-    for update in range(2, 9):                              # at the first one a plain average is the weights themselves
-        assert torch.equal(averages[1].module.weight, start)
-        for average in averages:
-            average.update(network, update)
-    averages[0].update(network, 9)
-    torch.testing.assert_close(averages[1].module.weight, averages[0].module.weight)
 
 
 def test_heads(undo):
@@ -195,26 +138,52 @@ def test_hops_are_the_unrolled_target(undo):
     torch.testing.assert_close(step(z_t, end, t, leg(z_t, end, t, y)), there)
 
 
-def test_a_deeper_student_starts_as_its_teacher(undo, tmp_path):
-    """And goes on from a student that was not deeper."""
-    torch.manual_seed(0)
-    teacher = DiT("DiT-Nano/4", 8, 1, 10)
-    for block in teacher.blocks:
+def lively(network: DiT) -> DiT:
+    """A network whose blocks and output are not closed, as they are at first."""
+    for block in network.blocks:
         torch.nn.init.normal_(block.modulation.up.weight, std=0.1)
-    torch.nn.init.normal_(teacher.final.out.weight, std=0.1)
-    shallow = train_student_mnist.student_from_teacher(teacher)
-    torch.nn.init.normal_(shallow.interval_embed.out.weight)
-    write_weights(tmp_path / "shallow.safetensors", shallow.state_dict(), dict(kind="student", architecture=shallow.architecture))
+    torch.nn.init.normal_(network.final.out.weight, std=0.1)
+    return network
+
+
+@pytest.fixture
+def teacher_and_student(tmp_path):
+    """A teacher, a student of it that has learned something, and that student's file."""
+    torch.manual_seed(0)
+    teacher = lively(DiT("DiT-Nano/4", 8, 1, 10))
+    student = train_student_mnist.student_from_teacher(teacher)
+    torch.nn.init.normal_(student.interval_embed.out.weight)
+    write_weights(tmp_path / "student.safetensors", student.state_dict(), dict(kind="student", architecture=student.architecture))
+    return teacher, student, tmp_path / "student.safetensors"
+
+
+def test_a_deeper_student_starts_as_its_teacher(undo, teacher_and_student):
+    """And goes on from a student that was not deeper."""
+    teacher, shallow, file = teacher_and_student
     z, r, t, y = torch.randn(3, 1, 8, 8), torch.zeros(3), torch.rand(3), torch.arange(3)
     student_patches.deeper(2)
     deep = train_student_mnist.student_from_teacher(teacher)
     torch.testing.assert_close(deep(z, r, t, y), teacher.velocity(z, t, y))
-    train_student_mnist.start_from(deep, tmp_path / "shallow.safetensors")
+    train_student_mnist.start_from(deep, file)
     torch.testing.assert_close(deep(z, r, t, y), shallow(z, r, t, y))
     closed = [not block.modulation.up.weight.any() for block in deep.blocks]
     assert closed == [True, False, False, True, False, False]
     torch.nn.init.normal_(deep.blocks[0].modulation.up.weight)
     assert not torch.allclose(deep(z, r, t, y), shallow(z, r, t, y), atol=1e-2)
+
+
+def test_a_share_of_the_input(undo, teacher_and_student):
+    """None at first, from a teacher or a student; then added, for each channel."""
+    teacher, plain, file = teacher_and_student
+    z, r, t, y = torch.randn(3, 1, 8, 8), torch.zeros(3), torch.rand(3), torch.arange(3)
+    wanted = plain(z, r, t, y)
+    student_patches.input_skip()
+    student = train_student_mnist.student_from_teacher(teacher)
+    assert torch.equal(student(z, r, t, y), teacher.velocity(z, t, y))
+    train_student_mnist.start_from(student, file)
+    assert torch.equal(student(z, r, t, y), wanted)
+    torch.nn.init.constant_(student.interval_embed.share.bias, 0.5)
+    torch.testing.assert_close(student(z, r, t, y), wanted + 0.5 * z)
 
 
 def test_an_own_leg_in_two_steps(undo):

@@ -111,6 +111,7 @@ VARIANTS = [
     student("guidance-mean-0.7", "--guidance-interval;0.2;0.7", "the same, at times 0.2 to 0.7", patch="mean-guidance"),
     student("modulation-wide", "", "a student's adaLN of four times its teacher's rank", patch="wider-modulation", cost="own"),
     student("deeper", "", "a student of 6 more blocks than its teacher's", patch="deeper", cost="own"),
+    student("input-skip", "", "a share of the input is added to the output", patch="input-skip"),
     student("lr-half", "--lr;0.00025;--muon-lr;0.005", "learning rates of 2.5e-4 and 0.005"),
     student("decay-0.4", "--decay-share;0.4", "learning rates fall late"),
     student("decay-0.8", "--decay-share;0.8", "learning rates fall over nearly all of the run"),
