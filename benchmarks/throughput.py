@@ -75,6 +75,7 @@ class Config:
             require(self, field, getattr(self, field) >= 1, "at least 1")
         for field in ("rows", "model", "batch_size", "num_gpus"):
             require(self, field, len(getattr(self, field)) > 0, "one or more values")
+            require(self, field, len(set(getattr(self, field))) == len(getattr(self, field)), "each named once")
         for field in ("batch_size", "num_gpus"):
             require(self, field, min(getattr(self, field)) >= 1, "counts of at least 1")
         require(self, "rows", all(known(name) for name in self.rows),

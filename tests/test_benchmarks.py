@@ -87,6 +87,11 @@ def test_unknown_rows(name):
         throughput.Config(rows=("teacher", name))
 
 
+def test_rows_named_twice():
+    with pytest.raises(ValueError, match="--rows teacher teacher: must be each named once"):
+        throughput.Config(rows=("teacher", "teacher"))
+
+
 def test_failed_row_says_why(tmp_path):
     with pytest.raises(RuntimeError, match="DiT-Huge/2"):
         throughput.launch([sys.executable, "-c", "raise SystemExit('no DiT-Huge/2')"], tmp_path / "metrics.jsonl", tmp_path)
