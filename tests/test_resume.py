@@ -136,6 +136,13 @@ def test_full_disk(results, small_disk):
     assert_same(results / "teacher-digits", small_disk / "teacher-digits")
 
 
+def by_two_processes(*script: str, timeout: float | None = None) -> subprocess.CompletedProcess:
+    """A script and its arguments under torchrun."""
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *script], cwd=ROOT,
+                          capture_output=True, text=True, timeout=timeout,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+
+
 @pytest.fixture(scope="module")
 def twenty(results, tmp_path_factory):
     """Run folders of 20 updates by one process, by two, and by two that split the networks (FSDP2), all from one launch."""
@@ -157,9 +164,7 @@ def twenty(results, tmp_path_factory):
                    "--results-dir"]
     train_student_mnist.main([*with_target, str(folders["one"])])
     jobs.append(["train_student_mnist", *with_target, str(folders["split"]), "--shard", "True"])
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "tests/two_processes.py",
-                           json.dumps(jobs)],
-                          cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    done = by_two_processes("tests/two_processes.py", json.dumps(jobs))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("finished 20 updates") == 4                        # only rank 0 speaks
     assert done.stdout.count("going on after step 4") == 2
@@ -202,10 +207,7 @@ def test_what_two_processes_split_one_goes_on_with(twenty, results, monkeypatch)
 def test_a_rank_that_dies_takes_the_others_along(results, tmp_path, capsys):
     """No process is left waiting for it, what was saved is whole, and the same flags go on, in one process too."""
     arguments = [*TEACHER, "--results-dir", str(tmp_path)]
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "tests/dying_rank.py",
-                           str(tmp_path), "train_teacher_mnist", *arguments],
-                          cwd=ROOT, capture_output=True, text=True, timeout=180,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    done = by_two_processes("tests/dying_rank.py", str(tmp_path), "train_teacher_mnist", *arguments, timeout=180)
     assert done.returncode != 0 and "SIGKILL" in done.stderr
     for rank in (0, 1):
         with pytest.raises(ProcessLookupError):

@@ -50,7 +50,7 @@ PATCHES: dict[str, Callable[[], None]] = {
     "drawn-once": speed_patches.drawn_once,
     "attention-cudnn": lambda: speed_patches.attention_by(SDPBackend.CUDNN_ATTENTION),
     "attention-flash": lambda: speed_patches.attention_by(SDPBackend.FLASH_ATTENTION),
-    "attention-plain": lambda: speed_patches.attention_by(None),
+    "attention-plain": lambda: speed_patches.attention_by(SDPBackend.MATH),
 }
 
 

@@ -6,28 +6,25 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from einops import rearrange
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import train_student
 from benchmarks.ablations.changes import STUDENTS, TEACHERS, change
 from models import dit
 from utils import optim
-from utils.flow import pad_like
 from utils.guidance import Velocity
 
 
 def guidance_at_once() -> None:
     """The teacher with and without the label is one call of twice the rows, not two calls."""
-    def guided_velocity(v: Velocity, null_class: int, guidance_scale: float, interval: tuple[float, float]) -> Velocity:
-        low, high = interval
+    plain = train_student.guided_velocity
 
+    def guided_velocity(v: Velocity, null_class: int, *rest: Any) -> Velocity:
         def guided(z: Tensor, t: Tensor, y: Tensor) -> Tensor:
             v_y, v_null = v(torch.cat([z, z]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, null_class)])).chunk(2)
-            w = 1 + (guidance_scale - 1) * ((t >= low) & (t <= high)).to(z.dtype)
-            return torch.lerp(v_null, v_y, pad_like(w, z))
+            return plain(lambda z, t, label: v_y if label is y else v_null, null_class, *rest)(z, t, y)
 
         return guided
 
@@ -80,18 +77,13 @@ def drawn_once() -> None:
             change(scripts, name, once(getattr(scripts[0], name)))
 
 
-def attention_by(backend: SDPBackend | None) -> None:
-    """Attention forward and backward by one of PyTorch's backends in place of our kernel; None: two products and a softmax, compiled."""
-    compile_blocks = dit.DiT.compile_blocks
+def attention_by(backend: SDPBackend) -> None:
+    """Attention forward and backward by one of PyTorch's backends in place of our kernel. MATH: two products and a softmax, compiled."""
+    compile_blocks, plain = dit.DiT.compile_blocks, dit.attend
 
-    def attend(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
-        q, k, v = dit.normalised_heads(qkv, cos, sin, num_heads)
-        if backend is None:
-            seen = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype) @ v
-        else:
-            with sdpa_kernel(backend):
-                seen = F.scaled_dot_product_attention(q, k, v)
-        return rearrange(seen, "b h t d -> b t (h d)")
+    def attend(*inputs: Any) -> Tensor:
+        with sdpa_kernel(backend):
+            return plain(*inputs)
 
     def with_that(self: dit.DiT, *args: int) -> None:
         compile_blocks(self, *args)                         # nothing is compiled before its first call
