@@ -48,6 +48,8 @@ class Config(RunConfig):
     data: str = "cifar10"                       # mnist, cifar10, digits, or the path of a folder or zip of images
     teacher: str | None = None                  # file, checkpoint or run folder; None: newest matching run, else the released one
     model: str | None = None                    # the student has its teacher's size; if given, it must be that
+    extra_blocks: int = 0                       # blocks that it has more than its teacher, evenly among these; at first they do nothing
+    input_skip: bool = False                    # a learned share of its input is added to its output, none at first
     steps: int = 4_800                          # updates in all
     optimizer: Literal["muon", "adamw"] = "muon"    # muon: Muon for the blocks' matrices, AdamW for the rest
     lr: float = 7e-4                            # learning rate of AdamW
@@ -80,7 +82,7 @@ class Config(RunConfig):
             check_law(self, field, laws)
         for field in ("lr", "muon_lr", "max_grad_norm"):
             require(self, field, 0 < getattr(self, field) < math.inf, "above 0")
-        for field in ("warmup_steps", "weight_decay", "edge_weight", "adaptive_power"):
+        for field in ("extra_blocks", "warmup_steps", "weight_decay", "edge_weight", "adaptive_power"):
             require(self, field, 0 <= getattr(self, field) < math.inf, "at least 0")
         require(self, "guidance_scale", math.isfinite(self.guidance_scale), "a number")
         for field in ("ema_decay", "target_decay", "decay_share"):
@@ -119,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     teacher, teacher_metadata = load_network(path, build_network, device)
     check_teacher(path, teacher_metadata, images, cfg.model)
     torch.manual_seed(fold(cfg.seed, "weights"))            # alike on every rank
-    student = student_from_teacher(teacher, cfg.guidance_range, cfg.guidance_scale)
+    student = student_from_teacher(teacher, extra_blocks=cfg.extra_blocks, input_skip=cfg.input_skip, guidance_range=cfg.guidance_range,
+                                   guidance_scale=cfg.guidance_scale)
     teacher_id = weights_id(teacher)
     if cfg.start_from and not step_folders(run.checkpoints):
         note_other_teacher(cfg.start_from, start_from(student, cfg.start_from), teacher_id, run.note)

@@ -178,6 +178,8 @@ class DiT(Transformer):
             ever called at r = t.
         modulation_rank: rank of adaLN; None for width / 8.
         augment_dim: how many numbers say what was done to a training image; see `utils.augmentation`. A teacher's; 0 for none.
+        extra_blocks: how many blocks a student has more than the preset, its teacher's; see `models.student_from_teacher`.
+        input_skip: whether a student's output gets a share of its input; see `models.transformer.InputSkip`.
         guidance_range: least and greatest guidance scale of a student that is told it; None for one that learned a single scale.
         guidance_scale: what it is told where nothing is said.
 
@@ -186,8 +188,8 @@ class DiT(Transformer):
     """
 
     def __init__(self, preset: str, image_size: int, num_channels: int, num_classes: int, interval: bool = False,
-                 modulation_rank: int | None = None, augment_dim: int = 0, guidance_range: Sequence[float] | None = None,
-                 guidance_scale: float = 1.0):
+                 modulation_rank: int | None = None, augment_dim: int = 0, extra_blocks: int = 0, input_skip: bool = False,
+                 guidance_range: Sequence[float] | None = None, guidance_scale: float = 1.0):
         super().__init__()
         if preset not in PRESETS:
             raise ValueError(f"unknown model {preset!r}; known are {', '.join(PRESETS)}")
@@ -208,8 +210,9 @@ class DiT(Transformer):
         self.interval_embed = TimeEmbedding(size.width) if interval else None
         self.label_embed = nn.Embedding(num_classes + 1, size.width)
         self.augment_embed = nn.Linear(augment_dim, size.width, bias=False) if augment_dim else None
+        self.architecture |= self.add_for_student(extra_blocks, input_skip, size.width, num_channels)
         self.architecture |= self.hear_guidance(guidance_range, guidance_scale, size.width)
-        self.blocks = nn.ModuleList(Block(size.width, size.num_heads, rank) for _ in range(size.depth))
+        self.blocks = nn.ModuleList(Block(size.width, size.num_heads, rank) for _ in range(size.depth + extra_blocks))
         self.final = Final(size.width, patch_size**2 * num_channels, rank)
         cos, sin = rotary_table(self.grid_size, size.width // size.num_heads)
         self.register_buffer("rotary_cos", cos, persistent=False)
@@ -235,6 +238,8 @@ class DiT(Transformer):
                 nn.init.zeros_(embed.out.weight)
         if self.augment_embed is not None:
             nn.init.zeros_(self.augment_embed.weight)
+        if self.input_skip is not None:
+            nn.init.zeros_(self.input_skip.share.weight)
 
     def forward(self, z: Tensor, r: Tensor, t: Tensor, y: Tensor, augment_labels: Tensor | None = None,
                 guidance_scale: Tensor | None = None) -> Tensor:
@@ -254,7 +259,8 @@ class DiT(Transformer):
         c = self.condition(r, t, y, augment_labels, guidance_scale)
         x = self.through_blocks(self.tokens(z), c, self.rotary_cos, self.rotary_sin)
         x = self.final(x, c)                                                        # (B, T, p * p * C)
-        return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.grid_size, p=p, q=p).float()
+        u = rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.grid_size, p=p, q=p).float()
+        return u if self.input_skip is None else u + self.input_skip(z, c)
 
     def tokens(self, z: Tensor) -> Tensor:
         """The patches of z, embedded at their places: (B, C, H, W) to (B, T, D)."""

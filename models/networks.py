@@ -40,24 +40,29 @@ def from_pretrained(source: str | Path, **hub_arguments) -> tuple[DiT | SiT, dic
     return NETWORKS[config.get("network", "DiT")].from_pretrained(source, **hub_arguments), config
 
 
-def student_from_teacher(teacher: DiT | SiT, guidance_range: Sequence[float] | None = None, guidance_scale: float = 1.0) -> DiT | SiT:
+def student_from_teacher(teacher: DiT | SiT, *, extra_blocks: int = 0, input_skip: bool = False,
+                         guidance_range: Sequence[float] | None = None, guidance_scale: float = 1.0) -> DiT | SiT:
     """A student of its teacher's class that starts as its teacher: u(z, r, t, y) == v(z, t, y) for every r, and every guidance.
 
     Args:
-        guidance_range, guidance_scale: see `models.dit.DiT`.
+        extra_blocks: how many it has more than the teacher, evenly among the teacher's; their gates are closed at first (adaLN-Zero).
+        input_skip, guidance_range, guidance_scale: see `models.dit.DiT`.
 
     Raises:
-        ValueError: the teacher has an interval input, that is, it is a student already.
-        RuntimeError: any weight but those of the embeddings of interval and guidance is missing or unexpected.
+        ValueError: the teacher has an interval input, that is, it is a student already; and what the class raises.
+        RuntimeError: any weight but those of the embeddings of interval and guidance, of extra blocks and of the input's share is missing
+            or unexpected.
     """
     if teacher.interval_embed is not None:
         raise ValueError("the teacher has an interval embedding: it is a student's network, and cannot teach velocities")
     architecture = {key: value for key, value in teacher.architecture.items() if key != "augment_dim"}      # a student sees samples only
-    student = build_network(**{**architecture, "interval": True, "guidance_range": guidance_range, "guidance_scale": guidance_scale})
-    student = student.to(teacher.position.device)
-    weights = {name: weight for name, weight in teacher.state_dict().items() if name != "augment_embed.weight"}
+    more = dict(extra_blocks=extra_blocks, input_skip=input_skip, guidance_range=guidance_range, guidance_scale=guidance_scale)
+    student = build_network(**{**architecture, "interval": True, **more}).to(teacher.position.device)
+    weights, between = student.spread_blocks(teacher.state_dict())
+    weights.pop("augment_embed.weight", None)
     result = student.load_state_dict(weights, strict=False)
-    allowed = {name for name in student.state_dict() if name.startswith(("interval_embed.", "guidance_embed."))}
+    new = ("interval_embed.", "guidance_embed.", "input_skip.", *between)
+    allowed = {name for name in student.state_dict() if name.startswith(new)}
     if set(result.missing_keys) != allowed or result.unexpected_keys:
         raise RuntimeError(f"the teacher's weights do not fit: missing {result.missing_keys}, unexpected {result.unexpected_keys}; "
                            f"only {sorted(allowed)} may be missing")

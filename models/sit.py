@@ -157,15 +157,15 @@ class SiT(Transformer):
         interval: a student's network, which sees the interval t - r. A teacher's (False) has no such input and is only
             ever called at r = t.
         time_direction, time_scale: how the weights count time; see the top of this file.
-        guidance_range, guidance_scale: as of `models.dit.DiT`.
+        extra_blocks, input_skip, guidance_range, guidance_scale: as of `models.dit.DiT`.
 
     Raises:
         ValueError: an unknown preset or direction, a size that the patch does not divide, or a count or scale out of range.
     """
 
     def __init__(self, preset: str, image_size: int, num_channels: int, num_classes: int, interval: bool = False,
-                 time_direction: str = "data-at-one", time_scale: float = 1.0, guidance_range: Sequence[float] | None = None,
-                 guidance_scale: float = 1.0):
+                 time_direction: str = "data-at-one", time_scale: float = 1.0, extra_blocks: int = 0, input_skip: bool = False,
+                 guidance_range: Sequence[float] | None = None, guidance_scale: float = 1.0):
         super().__init__()
         size, patch_size = parse_preset(preset)
         if image_size <= 0 or image_size % patch_size:
@@ -189,8 +189,9 @@ class SiT(Transformer):
         self.time_embed = ForeignTimeEmbedding(size.width)
         self.interval_embed = TimeEmbedding(size.width) if interval else None
         self.label_embed = nn.Embedding(num_classes + 1, size.width)
+        self.architecture |= self.add_for_student(extra_blocks, input_skip, size.width, num_channels)
         self.architecture |= self.hear_guidance(guidance_range, guidance_scale, size.width)
-        self.blocks = nn.ModuleList(Block(size.width, size.num_heads) for _ in range(size.depth))
+        self.blocks = nn.ModuleList(Block(size.width, size.num_heads) for _ in range(size.depth + extra_blocks))
         self.final = Final(size.width, patch_size**2 * num_channels)
         self.init_weights()
 
@@ -209,6 +210,8 @@ class SiT(Transformer):
         for embed in (self.interval_embed, self.guidance_embed):
             if embed is not None:
                 nn.init.zeros_(embed.out.weight)
+        if self.input_skip is not None:
+            nn.init.zeros_(self.input_skip.share.weight)
 
     def forward(self, z: Tensor, r: Tensor, t: Tensor, y: Tensor, guidance_scale: Tensor | None = None) -> Tensor:
         """Average velocity over [r, t] of the trajectory that is at z at time t; z_r = z - (t - r) u.
@@ -233,4 +236,5 @@ class SiT(Transformer):
         x = self.through_blocks(x, c)
         x = self.final(x, c)                                                        # (B, T, p * p * C)
         x = x.unflatten(2, (self.patch_size, self.patch_size, -1)).unflatten(1, (self.grid_size, self.grid_size))
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3).float()      # (B, G, G, p, p, C) to (B, C, H, W)
+        x = x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3).float()         # (B, G, G, p, p, C) to (B, C, H, W)
+        return x if self.input_skip is None else x + self.input_skip(z, c)

@@ -2,7 +2,7 @@
 a student may be told."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,23 @@ class Stack(nn.Module):
         for block in self.blocks:
             x = block(x, *condition)
         return x
+
+
+class InputSkip(nn.Module):
+    """What a student's output gets besides: of each channel of its input a share, which the condition chooses and which is none at first.
+
+    One step subtracts nearly all of its input, white noise, and a hundredth of it left over is seen; without a way around them the
+    blocks must carry every value. (c_skip of Karras et al., arXiv 2206.00364, learned.)
+    """
+
+    def __init__(self, width: int, num_channels: int):
+        super().__init__()
+        self.share = nn.Linear(width, num_channels)
+
+    def forward(self, z: Tensor, c: Tensor) -> Tensor:
+        """z: input (B, C, H, W); c: condition (B, D). Returns (B, C, H, W), of the weights' precision whatever autocast says."""
+        with torch.autocast(z.device.type, enabled=False):
+            return self.share(c.to(self.share.weight.dtype))[:, :, None, None] * z
 
 
 class Transformer(nn.Module, HubModel):
@@ -66,6 +83,36 @@ class Transformer(nn.Module, HubModel):
         self.stacks = [Stack(self.blocks[i : i + at_once]) for i in range(0, len(self.blocks), at_once)]
         for part in (*self.stacks, self.final):
             part.compile(dynamic=False)
+
+    def add_for_student(self, extra_blocks: int, input_skip: bool, width: int, num_channels: int) -> dict[str, Any]:
+        """Note what a student has besides its teacher's network, but for its guidance. For constructors, which add the blocks themselves.
+
+        Returns:
+            What to add to the architecture.
+
+        Raises:
+            ValueError: a negative number of blocks.
+        """
+        if extra_blocks < 0:
+            raise ValueError(f"extra_blocks must be at least 0, not {extra_blocks}")
+        self.input_skip = InputSkip(width, num_channels) if input_skip else None
+        return {**({"extra_blocks": extra_blocks} if extra_blocks else {}), **({"input_skip": True} if input_skip else {})}
+
+    def spread_blocks(self, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+        """Where the weights of a network of like blocks, as many or fewer, go in this one: its blocks lie evenly spread, in their order.
+
+        Returns:
+            The weights by the names that they have here, and how the names of the blocks in between begin, for which there are none.
+        """
+        given = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+        places = [-(-(i + 1) * len(self.blocks) // given) - 1 for i in range(given)]        # of 3 for 2: the second and third
+        renamed = {}
+        for name, weight in weights.items():
+            if name.startswith("blocks."):
+                _, index, rest = name.split(".", 2)
+                name = f"blocks.{places[int(index)]}.{rest}"
+            renamed[name] = weight
+        return renamed, tuple(f"blocks.{i}." for i in range(len(self.blocks)) if i not in places)
 
     def hear_guidance(self, guidance_range: Sequence[float] | None, guidance_scale: float, width: int) -> dict[str, Any]:
         """Give a student the input by which it is told its guidance, if there is a range to choose from. For constructors.

@@ -13,12 +13,11 @@ import train_teacher_mnist
 from benchmarks.ablations import changes, network_patches, patches, student_patches
 from models import DiT
 from utils import losses as losses_module
-from utils.checkpoints import write_weights
 from utils.flow import step
 from utils.losses import anchored_splitting_loss, squared_error
 
-OF_STUDENTS = {"deeper", "input-skip", "mixed-leg", "own-leg-in-two", "pin-by-count", "pin-chain", "pin-data-end", "soft-guidance",
-               "teacher-features-0.3", "teacher-features-1", "three-hops", "two-hops", "warm-start"}
+OF_STUDENTS = {"mixed-leg", "own-leg-in-two", "pin-by-count", "pin-chain", "pin-data-end", "soft-guidance", "teacher-features-0.3",
+               "teacher-features-1", "three-hops", "two-hops", "warm-start"}
 TESTED_BELOW = {"heads-of-128", "compile-whole", "two-steps", "shared-states", "mean-guidance", "wider-modulation", "guidance-at-once",
                 "ema-every-8", "attention-cudnn", "attention-flash", "attention-plain"}
 
@@ -136,54 +135,6 @@ def test_hops_are_the_unrolled_target(undo):
     patches.PATCHES["two-hops"]()
     leg = losses_module.one_step(ORACLE.v, "midpoint")
     torch.testing.assert_close(step(z_t, end, t, leg(z_t, end, t, y)), there)
-
-
-def lively(network: DiT) -> DiT:
-    """A network whose blocks and output are not closed, as they are at first."""
-    for block in network.blocks:
-        torch.nn.init.normal_(block.modulation.up.weight, std=0.1)
-    torch.nn.init.normal_(network.final.out.weight, std=0.1)
-    return network
-
-
-@pytest.fixture
-def teacher_and_student(tmp_path):
-    """A teacher, a student of it that has learned something, and that student's file."""
-    torch.manual_seed(0)
-    teacher = lively(DiT("DiT-Nano/4", 8, 1, 10))
-    student = train_student_mnist.student_from_teacher(teacher)
-    torch.nn.init.normal_(student.interval_embed.out.weight)
-    write_weights(tmp_path / "student.safetensors", student.state_dict(), dict(kind="student", architecture=student.architecture))
-    return teacher, student, tmp_path / "student.safetensors"
-
-
-def test_a_deeper_student_starts_as_its_teacher(undo, teacher_and_student):
-    """And goes on from a student that was not deeper."""
-    teacher, shallow, file = teacher_and_student
-    z, r, t, y = torch.randn(3, 1, 8, 8), torch.zeros(3), torch.rand(3), torch.arange(3)
-    student_patches.deeper(2)
-    deep = train_student_mnist.student_from_teacher(teacher)
-    torch.testing.assert_close(deep(z, r, t, y), teacher.velocity(z, t, y))
-    train_student_mnist.start_from(deep, file)
-    torch.testing.assert_close(deep(z, r, t, y), shallow(z, r, t, y))
-    closed = [not block.modulation.up.weight.any() for block in deep.blocks]
-    assert closed == [True, False, False, True, False, False]
-    torch.nn.init.normal_(deep.blocks[0].modulation.up.weight)
-    assert not torch.allclose(deep(z, r, t, y), shallow(z, r, t, y), atol=1e-2)
-
-
-def test_a_share_of_the_input(undo, teacher_and_student):
-    """None at first, from a teacher or a student; then added, for each channel."""
-    teacher, plain, file = teacher_and_student
-    z, r, t, y = torch.randn(3, 1, 8, 8), torch.zeros(3), torch.rand(3), torch.arange(3)
-    wanted = plain(z, r, t, y)
-    student_patches.input_skip()
-    student = train_student_mnist.student_from_teacher(teacher)
-    assert torch.equal(student(z, r, t, y), teacher.velocity(z, t, y))
-    train_student_mnist.start_from(student, file)
-    assert torch.equal(student(z, r, t, y), wanted)
-    torch.nn.init.constant_(student.interval_embed.share.bias, 0.5)
-    torch.testing.assert_close(student(z, r, t, y), wanted + 0.5 * z)
 
 
 def test_an_own_leg_in_two_steps(undo):

@@ -59,7 +59,7 @@ def test_replayed_gradients_are_the_gradients(guidance_range, tapes):
     with torch.no_grad():
         for p in teacher.parameters():
             p.add_(0.02 * torch.randn_like(p))
-    student = u = student_from_teacher(teacher, guidance_range, 2.0)
+    student = u = student_from_teacher(teacher, guidance_range=guidance_range, guidance_scale=2.0)
     v = guided_velocity(teacher.velocity, teacher.null_class, 2.0, (0.2, 0.8))
     if guidance_range:
         u, v = told(student), guided_as_told(teacher.velocity, teacher.null_class, (0.2, 0.8))

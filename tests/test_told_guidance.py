@@ -24,6 +24,7 @@ from utils.sampling import sample_average_velocity
 from utils.times import draw_between
 
 RANGE = (1.5, 3.0)
+TOLD = dict(guidance_range=RANGE, guidance_scale=2.0)
 SCALES = torch.tensor([1.5, 2.0, 3.0, 2.5, 1.75, 2.0])
 
 
@@ -33,13 +34,13 @@ def teacher() -> DiT:
 
 def listening(seed: int = 0) -> DiT:
     """A student whose every weight matters."""
-    return randomised(student_from_teacher(teacher(), RANGE, 2.0), seed)
+    return randomised(student_from_teacher(teacher(), **TOLD), seed)
 
 
 @pytest.mark.parametrize("first", [teacher, lambda: randomised(SiT("SiT-1x8x2/4", 8, 1, 3))])
 def test_it_starts_as_its_teacher_whatever_it_is_told(first):
     network, (z, r, t, y) = first(), inputs()
-    student = student_from_teacher(network, RANGE, 2.0)
+    student = student_from_teacher(network, **TOLD)
     for scales in (SCALES, None):
         torch.testing.assert_close(student(z, r, t, y, guidance_scale=scales), network.velocity(z, t, y), rtol=0, atol=0)
     randomised(student)
@@ -99,7 +100,8 @@ def test_the_loss_of_a_row_is_that_of_a_student_of_its_scale(first_leg):
 def test_it_learns_what_guidance_does():
     """By the boundary alone, of a velocity (y + 1) z: the difference between two of its scales becomes what guidance makes it."""
     torch.manual_seed(0)
-    student, draw = student_from_teacher(DiT("DiT-Nano/4", 8, 1, 3), (1.0, 4.0), 2.0), torch.Generator().manual_seed(0)
+    student = student_from_teacher(DiT("DiT-Nano/4", 8, 1, 3), guidance_range=(1.0, 4.0), guidance_scale=2.0)
+    draw = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(student.parameters(), 2e-3)
     v = guided_as_told(lambda z, t, y: pad_like(y + 1.0, z) * z, 3, (0.0, 1.0))
 
@@ -144,9 +146,9 @@ def test_what_it_is_told_is_smooth_in_the_scale():
 
 @pytest.mark.parametrize("before", [None, RANGE, (1.0, 5.0)])
 def test_start_from_a_student(before, tmp_path):
-    theirs = randomised(student_from_teacher(teacher(), before, 2.0))
+    theirs = randomised(student_from_teacher(teacher(), guidance_range=before, guidance_scale=2.0))
     write_weights(tmp_path / "before.safetensors", theirs.state_dict(), dict(kind="student", architecture=theirs.architecture))
-    network, (z, r, t, y) = student_from_teacher(teacher(), RANGE, 1.5), inputs()
+    network, (z, r, t, y) = student_from_teacher(teacher(), guidance_range=RANGE, guidance_scale=1.5), inputs()
     start_from(network, tmp_path / "before.safetensors")
     expected = theirs.at_guidance(2.5 if before else None)(z, r, t, y)      # one that was told nothing is all that it does at first
     torch.testing.assert_close(network.at_guidance(2.5)(z, r, t, y), expected)

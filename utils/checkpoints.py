@@ -252,7 +252,8 @@ def resolve_weights(path: Path | str) -> Path:
 def start_from(network: nn.Module, path: Path | str) -> dict[str, Any]:
     """Give a fresh network the EMA weights of another run, but where its classes or augmentation are others the embeddings of these.
 
-    A network that is told its guidance may start from one that is not, and from one that was told other scales.
+    A network that is told its guidance may start from one that is not, and from one that was told other scales; one with more blocks, or
+    with a share of its input, from one with fewer, or without.
 
     Args:
         path: anything that `resolve_weights` takes.
@@ -267,14 +268,19 @@ def start_from(network: nn.Module, path: Path | str) -> dict[str, Any]:
     weights, metadata = read_weights(resolve_weights(path))
     theirs, ours = metadata["architecture"], network.architecture
     different = sorted(key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key))
-    embeddings = {"num_classes": "label_embed.", "augment_dim": "augment_embed.", "guidance_range": "guidance_embed."}
+    parts = {"num_classes": "label_embed.", "augment_dim": "augment_embed.", "guidance_range": "guidance_embed.",
+             "input_skip": "input_skip."}
     if "guidance_range" in theirs and "guidance_range" in ours:
         different = [key for key in different if not key.startswith("guidance_")]       # neither range nor default shapes a weight
-    told_less = "guidance_range" in theirs and "guidance_range" not in ours
-    if told_less or not set(different) <= {*embeddings, "guidance_scale"}:
+    less = any(key in theirs and key not in ours for key in ("guidance_range", "input_skip"))
+    fewer = theirs.get("extra_blocks", 0) > ours.get("extra_blocks", 0)
+    if less or fewer or not set(different) <= {*parts, "guidance_scale", "extra_blocks"}:
         facts = "; ".join(f"{key} {theirs.get(key)}, here {ours.get(key)}" for key in different)
         raise ValueError(f"--start-from {path} is another network: {facts}")
-    fresh = tuple(embeddings[key] for key in different if key in embeddings)
+    fresh = tuple(parts[key] for key in different if key in parts)
+    if "extra_blocks" in different:
+        weights, between = network.spread_blocks(weights)
+        fresh += between
     kept = {name: weight for name, weight in weights.items() if not name.startswith(fresh)}
     network.load_state_dict({**kept, **{name: weight for name, weight in network.state_dict().items() if name.startswith(fresh)}})
     return metadata

@@ -71,6 +71,7 @@ def model_card(name: str, metadata: dict[str, Any], weights: str, run: Path, eva
         front["datasets"] = [config["data"]]
     size = f"{architecture['image_size']} x {architecture['image_size']} x {architecture['num_channels']}"
     classes = metadata["classes"]
+    more = f" with {architecture['extra_blocks']} blocks more" if "extra_blocks" in architecture else ""
     call = f"class_labels=[{classes[0]!r}]" if classes else "batch_size=4"
     if config.get("guidance_range"):
         call += f", guidance_scale={config['guidance_scale']:g}"
@@ -81,7 +82,7 @@ def model_card(name: str, metadata: dict[str, Any], weights: str, run: Path, eva
     return "\n".join([
         "---", ModelCardData(**front).to_yaml().strip(), "---", "", f"# {name}", "",
         f"{what} Method: [SplitMeanFlow, arXiv 2507.16884](https://arxiv.org/abs/2507.16884). t = 0 is data, t = 1 is noise.", "",
-        f"Network {architecture['preset']}, images {size}, "
+        f"Network {architecture['preset']}{more}, images {size}, "
         + (f"{len(classes)} classes: {', '.join(classes)}." if classes else "unconditional."), "",
         "## Use", "", USE.format(name=name, call=call + (", num_inference_steps=1" if student else "")), "",
         "## Numbers", "", numbers, "",

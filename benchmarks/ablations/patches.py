@@ -38,8 +38,6 @@ PATCHES: dict[str, Callable[[], None]] = {
     "soft-guidance": lambda: student_patches.soft_guidance(0.2),
     "mean-guidance": student_patches.mean_guidance,
     "wider-modulation": lambda: student_patches.wider_modulation(4),
-    "deeper": lambda: student_patches.deeper(6),
-    "input-skip": student_patches.input_skip,
     "shared-states": student_patches.shared_states,
     "teacher-features-0.3": lambda: student_patches.teacher_features(0.3),
     "teacher-features-1": lambda: student_patches.teacher_features(1),

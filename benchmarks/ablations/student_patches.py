@@ -3,13 +3,10 @@
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import wraps
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import train_student
 from benchmarks import perfect_student, splitting_bias
@@ -150,8 +147,8 @@ def mean_guidance() -> None:
 
 def wider_modulation(factor: int) -> None:
     """adaLN of more channels than the teacher's, which at first have no effect: more room for what differs from interval to interval."""
-    def wider(teacher: DiT, *guidance: Any) -> DiT:
-        narrow = student_from_teacher(teacher, *guidance)
+    def wider(teacher: DiT, **more: Any) -> DiT:
+        narrow = student_from_teacher(teacher, **more)
         rank = factor * teacher.architecture["modulation_rank"]
         student = build_network(**{**narrow.architecture, "modulation_rank": rank}).to(teacher.position.device)
         given = student.state_dict()
@@ -160,79 +157,6 @@ def wider_modulation(factor: int) -> None:
         return student
 
     change(STUDENTS, "student_from_teacher", wider)
-
-
-def deeper_preset(name: str, extra: int) -> str:
-    """Name of the preset with `extra` more blocks, which it makes known: "DiT-S/2" to "DiT-S+6/2"."""
-    size, patch_size = dit.PRESETS[name]
-    deeper = name.replace("/", f"+{extra}/")
-    dit.PRESETS[deeper] = replace(size, depth=size.depth + extra), patch_size
-    return deeper
-
-
-def grown(shallow: DiT, extra: int) -> DiT:
-    """The same function by a network of `extra` more blocks, spread evenly; their gates are closed (adaLN-Zero)."""
-    deep = build_network(**{**shallow.architecture, "preset": deeper_preset(shallow.architecture["preset"], extra)})
-    old, new = len(shallow.blocks), len(deep.blocks)
-    places = [-(-(i + 1) * new // old) - 1 for i in range(old)]     # where the old blocks go: with 6 more to 12, every third is new
-    weights = deep.state_dict()
-    for key, weight in shallow.state_dict().items():
-        if key.startswith("blocks."):
-            _, index, rest = key.split(".", 2)
-            key = f"blocks.{places[int(index)]}.{rest}"
-        weights[key] = weight
-    deep.load_state_dict(weights)
-    return deep.to(shallow.position.device)
-
-
-def deeper(extra: int) -> None:
-    """The student has more blocks than its teacher, which at first do nothing."""
-    plain_start = train_student.start_from
-
-    def start(network: DiT, path: Path | str) -> dict[str, Any]:
-        shallow = build_network(**{**network.architecture, "preset": network.architecture["preset"].replace(f"+{extra}/", "/")})
-        metadata = plain_start(shallow, path)
-        network.load_state_dict(grown(shallow, extra).state_dict())
-        return metadata
-
-    change(STUDENTS, "student_from_teacher", lambda *args: grown(student_from_teacher(*args), extra))
-    change(STUDENTS, "start_from", start)
-
-
-def input_skip() -> None:
-    """The output gets a share of the input, of each channel one that the condition chooses, none at first.
-
-    One step subtracts nearly all of its input, white noise, and what is left over is seen at a hundredth of the range; without the
-    share every value has to pass the blocks.
-    """
-    make, forward, plain_start = DiT.__init__, DiT.forward, train_student.start_from
-
-    @wraps(make)
-    def with_share(self: DiT, *args: Any, **named: Any) -> None:
-        make(self, *args, **named)
-        if self.interval_embed is not None:                 # a part of the embedding, which a teacher has not
-            self.interval_embed.share = nn.Linear(self.position.shape[-1], self.architecture["num_channels"])
-            nn.init.zeros_(self.interval_embed.share.weight)
-            nn.init.zeros_(self.interval_embed.share.bias)
-
-    def with_input(self: DiT, z: Tensor, r: Tensor, t: Tensor, y: Tensor, *rest: Any, **told: Any) -> Tensor:
-        u = forward(self, z, r, t, y, *rest, **told)
-        if self.interval_embed is None:
-            return u
-        c = self.condition(r, t, y, *rest, **told)
-        with torch.autocast(z.device.type, enabled=False):
-            return u + self.interval_embed.share(c.float())[:, :, None, None] * z
-
-    def start(network: DiT, path: Path | str) -> dict[str, Any]:
-        share = network.interval_embed.share
-        del network.interval_embed.share
-        metadata = plain_start(network, path)
-        network.interval_embed.share = share
-        return metadata
-
-    change([DiT], "__init__", with_share)
-    change([DiT], "forward", with_input)
-    change(STUDENTS, "start_from", start)
 
 
 def shared_states() -> None:
