@@ -47,8 +47,8 @@ class Config(RunConfig):
     data: str = "mnist"                         # mnist, cifar10, digits, or the path of a folder or zip of images
     teacher: str | None = None                  # file, checkpoint or run folder; None: newest matching run, else the released one
     model: str | None = None                    # the student has its teacher's size; if given, it must be that
-    extra_blocks: int = 0                       # blocks that it has more than its teacher, evenly among these; at first they do nothing
-    input_skip: bool = False                    # a learned share of its input is added to its output, none at first
+    extra_blocks: int = 0                       # more blocks than the teacher's, between these; at first they do nothing. By fours: fastest
+    input_skip: bool = False                    # a learned share of the input is added to the output, none at first
     steps: int = 6_000                          # updates in all
     optimizer: Literal["muon", "adamw"] = "muon"    # muon: Muon for the blocks' matrices, AdamW for the rest
     lr: float = 5e-4                            # learning rate of AdamW

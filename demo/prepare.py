@@ -42,8 +42,9 @@ def describe(student: str, folder: Path) -> dict[str, Any]:
     file = folder / f"{name}.onnx"
     export.main([str(source), str(file), "--form", "step", "--half", "True"])
     architecture = metadata["architecture"]
+    more = f" + {architecture['extra_blocks']} blocks" if "extra_blocks" in architecture else ""
     return {"name": name.removeprefix("student-"), "file": file.name, "bytes": file.stat().st_size,
-            "sha256": hashlib.sha256(file.read_bytes()).hexdigest()[:16], "network": architecture["preset"],
+            "sha256": hashlib.sha256(file.read_bytes()).hexdigest()[:16], "network": architecture["preset"] + more,
             "shape": [architecture["num_channels"], *[architecture["image_size"]] * 2], "classes": metadata["classes"]}
 
 

@@ -58,7 +58,7 @@ def student_from_teacher(teacher: DiT | SiT, *, extra_blocks: int = 0, input_ski
     architecture = {key: value for key, value in teacher.architecture.items() if key != "augment_dim"}      # a student sees samples only
     more = dict(extra_blocks=extra_blocks, input_skip=input_skip, guidance_range=guidance_range, guidance_scale=guidance_scale)
     student = build_network(**{**architecture, "interval": True, **more}).to(teacher.position.device)
-    weights, between = student.spread_blocks(teacher.state_dict())
+    weights, between = student.spread_blocks(teacher.state_dict(), len(teacher.blocks))
     weights.pop("augment_embed.weight", None)
     result = student.load_state_dict(weights, strict=False)
     new = ("interval_embed.", "guidance_embed.", "input_skip.", *between)

@@ -189,7 +189,7 @@ class SiT(Transformer):
         self.time_embed = ForeignTimeEmbedding(size.width)
         self.interval_embed = TimeEmbedding(size.width) if interval else None
         self.label_embed = nn.Embedding(num_classes + 1, size.width)
-        self.architecture |= self.add_for_student(extra_blocks, input_skip, size.width, num_channels)
+        self.architecture |= self.add_student_parts(extra_blocks, input_skip, size.width, num_channels)
         self.architecture |= self.hear_guidance(guidance_range, guidance_scale, size.width)
         self.blocks = nn.ModuleList(Block(size.width, size.num_heads) for _ in range(size.depth + extra_blocks))
         self.final = Final(size.width, patch_size**2 * num_channels)
@@ -219,22 +219,26 @@ class SiT(Transformer):
         Arguments and result as in `models.dit.DiT.forward`: our times and our velocity, whatever the weights were trained with.
         """
         time = 1 - t if self.data_at_one else t
-        theirs = self.foreign_velocity(z, self.time_scale * time, t - r, y, self.told_guidance(guidance_scale, t))
-        return -theirs if self.data_at_one else theirs
+        c = self.condition(self.time_scale * time, t - r, y, self.told_guidance(guidance_scale, t))
+        theirs = self.foreign_velocity(z, c)
+        u = -theirs if self.data_at_one else theirs
+        return u if self.input_skip is None else u + self.input_skip(z, c)
 
-    def foreign_velocity(self, z: Tensor, time: Tensor, interval: Tensor, y: Tensor, guidance: Tensor | None = None) -> Tensor:
-        """What the weights themselves compute: `time` (B,) and the result (B, C, H, W) are theirs, `interval` t - r (B,) is ours, and so is
-        `guidance`, embedded (B, D), if there is any."""
-        x = self.patch_embed(z).contiguous()                # channels last: the whole residual stream inherits this layout
-        x = x + self.position.to(x.dtype)                                           # (B, T, D)
+    def condition(self, time: Tensor, interval: Tensor, y: Tensor, guidance: Tensor | None = None) -> Tensor:
+        """What each block is told besides, (B, D). `time` (B,) is theirs; ours are `interval`, t - r (B,), and `guidance`, embedded (B, D),
+        if there is any."""
         c = self.time_embed(time) + self.label_embed(y)
         if self.interval_embed is not None:
             c = c + self.interval_embed(interval)
         if guidance is not None:
             c = c + guidance
-        c = F.silu(c)                                                               # (B, D)
+        return F.silu(c)
+
+    def foreign_velocity(self, z: Tensor, c: Tensor) -> Tensor:
+        """What the weights themselves compute, by their convention: z (B, C, H, W) and the condition c (B, D) to (B, C, H, W)."""
+        x = self.patch_embed(z).contiguous()                # channels last: the whole residual stream inherits this layout
+        x = x + self.position.to(x.dtype)                                           # (B, T, D)
         x = self.through_blocks(x, c)
         x = self.final(x, c)                                                        # (B, T, p * p * C)
         x = x.unflatten(2, (self.patch_size, self.patch_size, -1)).unflatten(1, (self.grid_size, self.grid_size))
-        x = x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3).float()         # (B, G, G, p, p, C) to (B, C, H, W)
-        return x if self.input_skip is None else x + self.input_skip(z, c)
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3).float()      # (B, G, G, p, p, C) to (B, C, H, W)

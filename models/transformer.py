@@ -31,8 +31,8 @@ class Stack(nn.Module):
 class InputSkip(nn.Module):
     """What a student's output gets besides: of each channel of its input a share, which the condition chooses and which is none at first.
 
-    One step subtracts nearly all of its input, white noise, and a hundredth of it left over is seen; without a way around them the
-    blocks must carry every value. (c_skip of Karras et al., arXiv 2206.00364, learned.)
+    One step subtracts nearly all of its input, white noise, and a hundredth left over shows; without this path the blocks must carry
+    every value. (c_skip of Karras et al., arXiv 2206.00364, learned.)
     """
 
     def __init__(self, width: int, num_channels: int):
@@ -40,7 +40,7 @@ class InputSkip(nn.Module):
         self.share = nn.Linear(width, num_channels)
 
     def forward(self, z: Tensor, c: Tensor) -> Tensor:
-        """z: input (B, C, H, W); c: condition (B, D). Returns (B, C, H, W), of the weights' precision whatever autocast says."""
+        """z: input (B, C, H, W); c: condition (B, D). Returns (B, C, H, W), computed outside autocast."""
         with torch.autocast(z.device.type, enabled=False):
             return self.share(c.to(self.share.weight.dtype))[:, :, None, None] * z
 
@@ -84,28 +84,29 @@ class Transformer(nn.Module, HubModel):
         for part in (*self.stacks, self.final):
             part.compile(dynamic=False)
 
-    def add_for_student(self, extra_blocks: int, input_skip: bool, width: int, num_channels: int) -> dict[str, Any]:
-        """Note what a student has besides its teacher's network, but for its guidance. For constructors, which add the blocks themselves.
+    def add_student_parts(self, extra_blocks: int, input_skip: bool, width: int, num_channels: int) -> dict[str, Any]:
+        """Give a student the share of its input, if it has one, and check its extra blocks. For constructors, which make the blocks.
 
         Returns:
             What to add to the architecture.
 
         Raises:
-            ValueError: a negative number of blocks.
+            ValueError: a negative number of blocks, or a teacher's network.
         """
         if extra_blocks < 0:
             raise ValueError(f"extra_blocks must be at least 0, not {extra_blocks}")
+        if (extra_blocks or input_skip) and self.interval_embed is None:
+            raise ValueError(f"extra_blocks {extra_blocks}, input_skip {input_skip}: only a student's network (interval=True) has them")
         self.input_skip = InputSkip(width, num_channels) if input_skip else None
         return {**({"extra_blocks": extra_blocks} if extra_blocks else {}), **({"input_skip": True} if input_skip else {})}
 
-    def spread_blocks(self, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-        """Where the weights of a network of like blocks, as many or fewer, go in this one: its blocks lie evenly spread, in their order.
+    def spread_blocks(self, weights: Mapping[str, Tensor], depth: int) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+        """Where the weights of a network of like blocks, `depth` of them, as many or fewer, go in this one: evenly spread, in their order.
 
         Returns:
             The weights by the names that they have here, and how the names of the blocks in between begin, for which there are none.
         """
-        given = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
-        places = [-(-(i + 1) * len(self.blocks) // given) - 1 for i in range(given)]        # of 3 for 2: the second and third
+        places = [-(-(i + 1) * len(self.blocks) // depth) - 1 for i in range(depth)]        # of 3 for 2: the second and third
         renamed = {}
         for name, weight in weights.items():
             if name.startswith("blocks."):

@@ -160,8 +160,8 @@ def twenty(results, tmp_path_factory):
     apart = {"two": [], "split": ["--shard", "True", "--sample-every", "10"]}           # samples between updates, too
     jobs = [[f"train_{stage}_mnist", *arguments[stage], "--results-dir", str(folders[way]), *apart[way]]
             for way in ("two", "split") for stage in arguments]
-    with_target = [*arguments["student"], "--steps", "4", "--target", "ema", "--guidance-range", "1", "4", "--name", "student-target",
-                   "--results-dir"]
+    with_target = [*arguments["student"], "--steps", "4", "--target", "ema", "--guidance-range", "1", "4", "--extra-blocks", "2",
+                   "--input-skip", "True", "--name", "student-target", "--results-dir"]
     train_student_mnist.main([*with_target, str(folders["one"])])
     jobs.append(["train_student_mnist", *with_target, str(folders["split"]), "--shard", "True"])
     done = by_two_processes("tests/two_processes.py", json.dumps(jobs))

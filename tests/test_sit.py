@@ -44,7 +44,7 @@ class ForeignGaussian:
     def __init__(self, sd: float, direction: str, scale: float):
         self.sd, self.direction, self.scale = sd, direction, scale
 
-    def velocity(self, z: Tensor, time: Tensor, interval: Tensor, y: Tensor, guidance: None = None) -> Tensor:
+    def velocity(self, z: Tensor, time: Tensor) -> Tensor:
         tau = (time / self.scale).view(-1, 1, 1, 1)
         noise, slope = (1 - tau, -1) if self.direction == "data-at-one" else (tau, 1)       # share of noise, and how it changes
         data = 1 - noise
@@ -58,6 +58,7 @@ def test_sampling_needs_the_right_direction_and_scale(monkeypatch, direction, sc
 
     def spread(told_direction: str, told_scale: float) -> float:
         network = SiT("SiT-1x8x2/4", 4, 1, 0, time_direction=told_direction, time_scale=told_scale)
+        monkeypatch.setattr(network, "condition", lambda time, *others: time)
         monkeypatch.setattr(network, "foreign_velocity", truth.velocity)
         return sample_velocity(network.velocity, noise, torch.zeros(500).long(), 32, "heun").std().item()
 

@@ -252,8 +252,8 @@ def resolve_weights(path: Path | str) -> Path:
 def start_from(network: nn.Module, path: Path | str) -> dict[str, Any]:
     """Give a fresh network the EMA weights of another run, but where its classes or augmentation are others the embeddings of these.
 
-    A network that is told its guidance may start from one that is not, and from one that was told other scales; one with more blocks, or
-    with a share of its input, from one with fewer, or without.
+    A network that is told its guidance may start from one that is not, and from one that was told other scales; one with extra blocks, or
+    with a share of its input, from one without.
 
     Args:
         path: anything that `resolve_weights` takes.
@@ -273,13 +273,13 @@ def start_from(network: nn.Module, path: Path | str) -> dict[str, Any]:
     if "guidance_range" in theirs and "guidance_range" in ours:
         different = [key for key in different if not key.startswith("guidance_")]       # neither range nor default shapes a weight
     less = any(key in theirs and key not in ours for key in ("guidance_range", "input_skip"))
-    fewer = theirs.get("extra_blocks", 0) > ours.get("extra_blocks", 0)
-    if less or fewer or not set(different) <= {*parts, "guidance_scale", "extra_blocks"}:
+    moved = "extra_blocks" in theirs and "extra_blocks" in different        # other blocks lie between
+    if less or moved or not set(different) <= {*parts, "guidance_scale", "extra_blocks"}:
         facts = "; ".join(f"{key} {theirs.get(key)}, here {ours.get(key)}" for key in different)
         raise ValueError(f"--start-from {path} is another network: {facts}")
     fresh = tuple(parts[key] for key in different if key in parts)
     if "extra_blocks" in different:
-        weights, between = network.spread_blocks(weights)
+        weights, between = network.spread_blocks(weights, len(network.blocks) - ours["extra_blocks"])
         fresh += between
     kept = {name: weight for name, weight in weights.items() if not name.startswith(fresh)}
     network.load_state_dict({**kept, **{name: weight for name, weight in network.state_dict().items() if name.startswith(fresh)}})

@@ -71,7 +71,8 @@ def model_card(name: str, metadata: dict[str, Any], weights: str, run: Path, eva
         front["datasets"] = [config["data"]]
     size = f"{architecture['image_size']} x {architecture['image_size']} x {architecture['num_channels']}"
     classes = metadata["classes"]
-    more = f" with {architecture['extra_blocks']} blocks more" if "extra_blocks" in architecture else ""
+    more = f" with {architecture['extra_blocks']} more blocks" if "extra_blocks" in architecture else ""
+    more += ", a share of its input in its output" if architecture.get("input_skip") else ""
     call = f"class_labels=[{classes[0]!r}]" if classes else "batch_size=4"
     if config.get("guidance_range"):
         call += f", guidance_scale={config['guidance_scale']:g}"
