@@ -3,6 +3,7 @@
     python export.py checkpoints/student-mnist.safetensors mnist.onnx                       noise and label in, image out, in one step
     python export.py checkpoints/student-mnist.safetensors mnist.onnx --num-steps 4 --half True         four steps, weights in float16
     python export.py checkpoints/student-mnist.safetensors step.onnx --form step            z, r, t and label in, z_r out
+    python export.py checkpoints/student-mnist.safetensors mnist.onnx --guidance-input True             noise, label and guidance in
     python export.py checkpoints/student-mnist.safetensors mnist.pt2                        torch.export.load("mnist.pt2").module()
 """
 
@@ -11,6 +12,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -36,36 +38,49 @@ class Config:
     form: Literal["sampler", "step"] = "sampler"            # sampler: noise to image; step: one step from t to r, for loops of one's own
     num_steps: int = 1                                      # network evaluations of a sampler
     guidance_scale: float | None = None                     # of a student that learned several; None: its own
+    guidance_input: bool = False                            # of such a student: the scale is an input, one number for all images
     half: bool = False                                      # .onnx: weights in float16, half the file; arithmetic stays float32
     replace: bool = False                                   # overwrite a file that is there
 
     def __post_init__(self) -> None:
         require(self, "num_steps", self.num_steps >= 1, "at least 1")
         require(self, "target", Path(self.target).suffix in (".onnx", ".pt2"), "a name that ends in .onnx or .pt2")
+        require(self, "guidance_input", not self.guidance_input or self.guidance_scale is None, "False with --guidance-scale")
         require(self, "half", not self.half or self.target.endswith(".onnx"), "False for .pt2")
 
 
+def told(guidance: Tensor | None, images: Tensor) -> dict[str, Tensor]:
+    """What a network is told besides, of a scale () for all images (B, ...)."""
+    return {} if guidance is None else {"guidance_scale": guidance.expand(images.shape[0])}
+
+
 class Step(nn.Module):
-    """z_r = z - (t - r) u(z, r, t, label). z: (B, C, H, W); r, t: scalars (); label: (B,) long. Returns (B, C, H, W)."""
+    """z_r = z - (t - r) u(z, r, t, label). z: (B, C, H, W); r, t: scalars (); label: (B,) long. Returns (B, C, H, W).
+
+    guidance: scale () of a student that is told it, within its range, which a file does not check.
+    """
 
     def __init__(self, u: nn.Module):
         super().__init__()
         self.u = u
 
-    def forward(self, z: Tensor, r: Tensor, t: Tensor, label: Tensor) -> Tensor:
+    def forward(self, z: Tensor, r: Tensor, t: Tensor, label: Tensor, guidance: Tensor | None = None) -> Tensor:
         r, t = r.expand(z.shape[0]), t.expand(z.shape[0])
-        return step(z, r, t, self.u(z, r, t, label))
+        return step(z, r, t, self.u(z, r, t, label, **told(guidance, z)))
 
 
 class Sampler(nn.Module):
-    """noise: (B, C, H, W), standard Gaussian; label: (B,) long. Returns images (B, C, H, W), near [-1, 1] and not clipped."""
+    """noise: (B, C, H, W), standard Gaussian; label: (B,) long. Returns images (B, C, H, W), near [-1, 1] and not clipped.
+
+    guidance: as of `Step`.
+    """
 
     def __init__(self, u: nn.Module, num_steps: int):
         super().__init__()
         self.u, self.num_steps = u, num_steps
 
-    def forward(self, noise: Tensor, label: Tensor) -> Tensor:
-        return sample_average_velocity(self.u, noise, label, self.num_steps)
+    def forward(self, noise: Tensor, label: Tensor, guidance: Tensor | None = None) -> Tensor:
+        return sample_average_velocity(partial(self.u, **told(guidance, noise)), noise, label, self.num_steps)
 
 
 def in_precision_of(network: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -86,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     network, metadata = load_network(cfg.checkpoint, build_network)
     if metadata["kind"] != "student":
         raise ValueError(f"{cfg.checkpoint} is a {metadata['kind']}; a student is what samples in few steps")
+    if cfg.guidance_input and network.guidance_range is None:
+        raise ValueError(f"--guidance-input True: {cfg.checkpoint} has its guidance inside, of one scale; none can be chosen")
     if cfg.half:
         for weight in network.parameters():                 # rounded before the check below, not after it
             weight.copy_(weight.half())
@@ -98,18 +115,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         draw = torch.Generator().manual_seed(batch_size)
         z = torch.randn(batch_size, *shape, generator=draw)
         label = torch.randint(network.null_class + 1, (batch_size,), generator=draw)
-        return dict(z=z, r=torch.tensor(0.25), t=torch.tensor(0.75), label=label) if is_step else dict(noise=z, label=label)
+        chosen = dict(guidance=torch.empty(()).uniform_(*network.guidance_range, generator=draw)) if cfg.guidance_input else {}
+        whole = dict(z=z, r=torch.tensor(0.25), t=torch.tensor(0.75), label=label) if is_step else dict(noise=z, label=label)
+        return whole | chosen
 
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.stem}.writing{target.suffix}")
     information = dict(form=cfg.form, num_steps=None if is_step else cfg.num_steps, classes=metadata["classes"], shape=shape,
-                       guidance_scale=cfg.guidance_scale or metadata["config"].get("guidance_scale"),
+                       guidance_scale=cfg.guidance_scale or metadata["config"].get("guidance_scale"),       # with a range: what is usual
+                       guidance_range=network.guidance_range if cfg.guidance_input else None,
                        autoencoder=metadata.get("autoencoder"), step=metadata["step"])
     try:
         if onnx:
             # A sampler's graph is one step repeated by a loop: unrolled, four steps take minutes to translate.
-            z, *_, label = example(2).values()
-            model = to_onnx(Step(u), dict(z=z, r=torch.tensor(0.25), t=torch.tensor(0.75), label=label), output="z_r")
+            first, *others = example(2).items()
+            one = {"z": first[1], "r": torch.tensor(0.25), "t": torch.tensor(0.75), **dict(others)}
+            model = to_onnx(Step(u), one, output="z_r")
             if not is_step:
                 model = repeat_step(model, time_grid(cfg.num_steps))
             if cfg.half:

@@ -40,12 +40,14 @@ def describe(student: str, folder: Path) -> dict[str, Any]:
         raise ValueError(f"{student} makes latents; the page shows pixels only")
     name = source.stem if source.stem != "ema" else Path(student).resolve().name
     file = folder / f"{name}.onnx"
-    export.main([str(source), str(file), "--form", "step", "--half", "True"])
     architecture = metadata["architecture"]
+    told = "guidance_range" in architecture
+    export.main([str(source), str(file), "--form", "step", "--half", "True", "--guidance-input", str(told)])
     more = f" + {architecture['extra_blocks']} blocks" if "extra_blocks" in architecture else ""
     return {"name": name.removeprefix("student-"), "file": file.name, "bytes": file.stat().st_size,
             "sha256": hashlib.sha256(file.read_bytes()).hexdigest()[:16], "network": architecture["preset"] + more,
-            "shape": [architecture["num_channels"], *[architecture["image_size"]] * 2], "classes": metadata["classes"]}
+            "shape": [architecture["num_channels"], *[architecture["image_size"]] * 2], "classes": metadata["classes"],
+            "guidance": {"range": architecture["guidance_range"], "usual": architecture["guidance_scale"]} if told else None}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

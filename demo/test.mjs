@@ -96,7 +96,22 @@ try {
   assert.deepEqual(await image(1), five);
   step("a seed is a noise");
 
-  for (const [i, { name }] of models.entries()) {
+  const guided = async (scale) => {
+    await page.fill("#guidance", String(scale));
+    await quiet();
+    return image(1);
+  };
+  const told = models[0].guidance;
+  if (told) {
+    const usual = await image(1);
+    assert.equal(await page.textContent("#scale"), told.usual.toFixed(2));
+    assert.notDeepEqual(await guided(told.range[1]), usual);
+    assert.deepEqual(await guided(told.usual), usual);
+    step("more guidance, another image");
+  }
+  assert.equal(await page.isVisible("#guidance"), Boolean(told));
+
+  for (const [i, { name, guidance }] of models.entries()) {
     if (i) {
       await page.selectOption("#model", name);
       await page.waitForFunction((wanted) => window.demo.isQuiet() && window.demo.last.model === wanted, name, { timeout: 120_000 });
@@ -104,6 +119,7 @@ try {
     }
     for (const [place, chosen] of [[[0.2, 0.3], 0], [[0.9, 0.6], 3]]) {
       await page.locator("#classes label").nth(chosen).click();
+      if (guidance && chosen) await guided(guidance.range[1]);
       const area = await page.locator("#plane").boundingBox();
       await page.mouse.click(area.x + area.width * place[0], area.y + area.height * place[1]);
       await quiet();
@@ -113,7 +129,7 @@ try {
       assert.ok(Math.abs(mean) < 0.15 && Math.abs(deviation - 1) < 0.15, `noise of mean ${mean} and deviation ${deviation}`);
       const images = { 1: await image(1), 2: await image(2), 4: await image(4) };
       const file = join(temporary, "page.json");
-      writeFileSync(file, JSON.stringify({ label: chosen, noise, images }));
+      writeFileSync(file, JSON.stringify({ label: chosen, noise, images, guidance: await page.evaluate(() => window.demo.last.guidance) }));
       const printed = execFileSync(python, ["-m", "demo.reference", checkpoints[i], file], { cwd: root });
       const worst = JSON.parse(printed);
       step(`${name}, class ${chosen}: grey levels from PyTorch's image at 1, 2, 4 steps: ${Object.values(worst).join(", ")}`);

@@ -12,6 +12,7 @@ import evaluate
 import export
 import sample
 import train_student_mnist
+from demo import prepare
 from models import Classifier, DiT, SiT, student_from_teacher
 from models.embeddings import TimeEmbedding
 from pipeline import SplitMeanFlowPipeline
@@ -230,6 +231,54 @@ def test_an_exported_file_has_the_scale_it_was_made_with(student, tmp_path, form
     with pytest.raises(ValueError, match="guidance scale 9.0: this student learned 1 to 4"):
         export.main([str(student), str(tmp_path / f"refused.{form}"), "--guidance-scale", "9"])
     assert not (tmp_path / f"refused.{form}").exists()
+
+
+@pytest.mark.parametrize("target", ["out.pt2", "out.onnx", "step.onnx"])
+def test_an_exported_file_may_be_told_its_scale(student, tmp_path, target):
+    """One number for all images; and the page's model of it says which it may be."""
+    network, _ = load_network(student, DiT)
+    if target == "step.onnx":                               # the page's weights are float16
+        for weight in network.parameters():
+            weight.data = weight.half().float()
+    noise, label = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(5)), torch.tensor([0, 7])
+    expected = {w: sample_average_velocity(network.at_guidance(w), noise, label, 2) for w in (1.0, 3.5)}
+    if target == "step.onnx":
+        prepare.main([str(student), "--out", str(tmp_path / "models")])
+        model, = json.loads((tmp_path / "models" / "models.json").read_text())
+        assert model["guidance"] == {"range": [1, 4], "usual": 2.5}
+        file = tmp_path / "models" / model["file"]
+    else:
+        file = tmp_path / target
+        export.main([str(student), str(file), "--num-steps", "2", "--guidance-input", "True"])
+    if target == "out.pt2":
+        run = torch.export.load(file).module()
+    else:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(file))
+        assert json.loads(session.get_modelmeta().custom_metadata_map["guidance_range"]) == [1, 4]
+
+        def run(*inputs: torch.Tensor) -> torch.Tensor:
+            names = [each.name for each in session.get_inputs()]
+            return torch.from_numpy(session.run(None, {name: value.numpy() for name, value in zip(names, inputs, strict=True)})[0])
+    for w, images in expected.items():
+        scale = torch.tensor(w)
+        if target == "step.onnx":
+            half, one, zero = (torch.tensor(t) for t in (0.5, 1.0, 0.0))
+            found = run(run(noise, half, one, label, scale), zero, half, label, scale)
+        else:
+            found = run(noise, label, scale)
+        torch.testing.assert_close(found, images, atol=1e-4, rtol=0)
+    assert (expected[1.0] - expected[3.5]).abs().max() > 0.01
+
+
+def test_a_scale_is_an_input_or_chosen(student, tmp_path):
+    with pytest.raises(ValueError, match="--guidance-input True: must be False with --guidance-scale"):
+        export.Config(str(student), "x.onnx", guidance_scale=2.0, guidance_input=True)
+    network = student_from_teacher(teacher())
+    write_weights(tmp_path / "plain.safetensors", network.state_dict(), dict(kind="student", architecture=network.architecture, config={}))
+    with pytest.raises(ValueError, match="--guidance-input True: .*plain.safetensors has its guidance inside, of one scale"):
+        export.main([str(tmp_path / "plain.safetensors"), str(tmp_path / "x.onnx"), "--guidance-input", "True"])
 
 
 def test_another_range_is_another_run(run, results):

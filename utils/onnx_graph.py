@@ -53,17 +53,17 @@ def to_onnx(network: nn.Module, example: dict[str, Tensor], output: str) -> "Mod
 
 
 def repeat_step(model: "ModelProto", times: Sequence[float]) -> "ModelProto":
-    """From one step (z, r, t, label) -> z_r to a sampler (noise, label) -> image that takes it along a grid of times.
+    """From one step (z, r, t, ...) -> z_r to a sampler (noise, ...) -> image that takes it along a grid of times.
 
     Args:
-        model: a graph with these four inputs, r and t scalars, and one output.
+        model: a graph with these inputs, r and t scalars, and one output. The others, label and what else is told, stay as they are.
         times: from 1 down to 0; n + 1 times are n steps.
     """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
     graph = model.graph
-    z, label, result = graph.input[0], graph.input[3], graph.output[0]
+    (z, _, _, *others), result = graph.input, graph.output[0]
     pick = [helper.make_node("Add", ["i", "one"], ["next"]),
             helper.make_node("Gather", ["times", "i"], ["t"]),
             helper.make_node("Gather", ["times", "next"], ["r"]),
@@ -78,7 +78,7 @@ def repeat_step(model: "ModelProto", times: Sequence[float]) -> "ModelProto":
     constants = {"times": np.array(times, np.float32), "one": np.array(1), "num_steps": np.array(len(times) - 1), "always": np.array(True)}
     initializers = [numpy_helper.from_array(value, name) for name, value in constants.items()]
     loop = helper.make_node("Loop", ["num_steps", "always", "noise"], ["image"], body=body)
-    whole = helper.make_graph([loop], "sampler", [noise, label], [image], [*graph.initializer, *initializers])
+    whole = helper.make_graph([loop], "sampler", [noise, *others], [image], [*graph.initializer, *initializers])
     return helper.make_model(whole, opset_imports=model.opset_import, ir_version=model.ir_version, functions=model.functions)
 
 

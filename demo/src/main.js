@@ -12,7 +12,7 @@ const figures = [...document.querySelectorAll("figure")].map((figure) => ({
   caption: figure.querySelector("figcaption"),
 }));
 
-let engine, models, model, noise, label = 0;
+let engine, models, model, noise, guidance, label = 0; // guidance stays undefined for a network that has it inside
 let wanted = 0; // grows with every change; what is computed for an older one is not shown
 let filling = false;
 
@@ -47,10 +47,10 @@ async function changed() {
       shown = wanted;
       const z = here();
       for (const { steps, canvas, caption } of figures) {
-        const { rgba, milliseconds } = await engine.ask("sample", { noise: z, labels: [label], steps });
+        const { rgba, milliseconds } = await engine.ask("sample", { noise: z, labels: [label], steps, guidance });
         paint(canvas, rgba);
         caption.textContent = `${steps} step${steps > 1 ? "s" : ""} · ${milliseconds.toFixed(0)} ms`;
-        demo.last = { ...demo.last, model: model.name, label, noise: z, [steps]: { rgba, milliseconds } };
+        demo.last = { ...demo.last, model: model.name, label, noise: z, guidance, [steps]: { rgba, milliseconds } };
         if (shown !== wanted) break;
       }
     }
@@ -82,6 +82,18 @@ function showClasses() {
   });
 }
 
+function guide(scale) {
+  guidance = scale;
+  $("guidance").value = scale;
+  $("scale").textContent = scale?.toFixed(2);
+}
+
+function showGuidance() {
+  $("guiding").hidden = !model.guidance;
+  if (model.guidance) [$("guidance").min, $("guidance").max] = model.guidance.range;
+  guide(model.guidance?.usual);
+}
+
 async function choose(name) {
   model = undefined;
   filling = false;
@@ -89,13 +101,14 @@ async function choose(name) {
   $("hundred").hidden = true;
   const next = models.find((each) => each.name === name);
   const url = new URL(`models/${next.file}?sha256=${next.sha256}`, document.baseURI).href;
-  const { threads } = await engine.ask("load", { url, size: next.bytes, imageShape: next.shape });
+  const { threads } = await engine.ask("load", { url, size: next.bytes, imageShape: next.shape, guidance: next.guidance?.usual });
   model = next;
   label = 0;
   $("progress").hidden = true;
   $("stage").hidden = false;
   say(`${next.network}, ${megabytes(next.bytes)} MB, ${threads} thread${threads > 1 ? "s" : ""}. Ready.`);
   showClasses();
+  showGuidance();
   newNoise(Number($("seed").value));
 }
 
@@ -113,7 +126,7 @@ async function fillGrid() {
   for (let row = 0; row < rows && filling; row++) {
     const labels = Array(perRow).fill(from.classes.length ? row % from.classes.length : 0);
     const z = all.slice(row * perRow * count(), (row + 1) * perRow * count());
-    const result = await engine.ask("sample", { noise: z, labels, steps: 1 });
+    const result = await engine.ask("sample", { noise: z, labels, steps: 1, guidance });
     if (model !== from) return;
     labels.forEach((_, i) => paint(cells[row * perRow + i], result.rgba, i));
     done += perRow;
@@ -143,6 +156,10 @@ async function start() {
   $("model-label").hidden = models.length < 2;
   $("model").addEventListener("change", () => choose($("model").value).catch(fail));
   $("seed").addEventListener("change", () => newNoise(Number($("seed").value) >>> 0));
+  $("guidance").addEventListener("input", () => {
+    guide(Number($("guidance").value));
+    changed();
+  });
   $("again").addEventListener("click", () => newNoise(crypto.getRandomValues(new Uint32Array(1))[0] % 100000));
   $("fill").addEventListener("click", () => !filling && fillGrid().catch(fail));
   $("stop").addEventListener("click", () => (filling = false));

@@ -1,4 +1,4 @@
-// The network, in a thread of its own: noise and labels in, pixels out.
+// The network, in a thread of its own: noise, labels and guidance in, pixels out.
 
 import * as ort from "onnxruntime-web/wasm";
 import glue from "onnxruntime-web/ort-wasm-simd-threaded.mjs?url";
@@ -27,26 +27,28 @@ async function download(url, size) {
   return new Uint8Array(await new Blob(parts).arrayBuffer());
 }
 
-async function load({ url, size, imageShape }) {
+async function load({ url, size, imageShape, guidance }) {
   await session?.release();
   session = undefined;
   shape = imageShape;
   const model = await download(url, size);
   postMessage({ kind: "preparing" });
   session = await ort.InferenceSession.create(model, { executionProviders: ["wasm"], graphOptimizationLevel: "all" });
-  await sample({ noise: new Float32Array(shape[0] * shape[1] * shape[2]), labels: [0], steps: 1 });    // the first run is slower
+  await sample({ noise: new Float32Array(shape[0] * shape[1] * shape[2]), labels: [0], steps: 1, guidance }); // the first run is slower
   return { threads: ort.env.wasm.numThreads };
 }
 
-/** From noise (B x C x H x W) at t = 1 to images at t = 0: z_r = z_t - (t - r) u, `steps` times. Returns RGBA bytes. */
-async function sample({ noise, labels, steps }) {
+/** From noise (B x C x H x W) at t = 1 to images at t = 0: z_r = z_t - (t - r) u, `steps` times. Returns RGBA bytes.
+ * guidance: a scale, for a network that is told one. */
+async function sample({ noise, labels, steps, guidance }) {
   const [channels, height, width] = shape;
   const start = performance.now();
   let z = new ort.Tensor("float32", noise, [labels.length, ...shape]);
   const label = new ort.Tensor("int64", BigInt64Array.from(labels, BigInt), [labels.length]);
   const scalar = (value) => new ort.Tensor("float32", Float32Array.of(value), []);
+  const told = guidance === undefined ? {} : { guidance: scalar(guidance) };
   for (let i = 0; i < steps; i++) {
-    const result = await session.run({ z, t: scalar(1 - i / steps), r: scalar(1 - (i + 1) / steps), label });
+    const result = await session.run({ z, t: scalar(1 - i / steps), r: scalar(1 - (i + 1) / steps), label, ...told });
     z = result.z_r;
   }
   const milliseconds = performance.now() - start;
