@@ -49,8 +49,8 @@ class Config:
         require(self, "half", not self.half or self.target.endswith(".onnx"), "False for .pt2")
 
 
-def told(guidance: Tensor | None, images: Tensor) -> dict[str, Tensor]:
-    """What a network is told besides, of a scale () for all images (B, ...)."""
+def scale_of_all(guidance: Tensor | None, images: Tensor) -> dict[str, Tensor]:
+    """What a network is told besides: one scale () for all images (B, ...), if there is one."""
     return {} if guidance is None else {"guidance_scale": guidance.expand(images.shape[0])}
 
 
@@ -66,7 +66,7 @@ class Step(nn.Module):
 
     def forward(self, z: Tensor, r: Tensor, t: Tensor, label: Tensor, guidance: Tensor | None = None) -> Tensor:
         r, t = r.expand(z.shape[0]), t.expand(z.shape[0])
-        return step(z, r, t, self.u(z, r, t, label, **told(guidance, z)))
+        return step(z, r, t, self.u(z, r, t, label, **scale_of_all(guidance, z)))
 
 
 class Sampler(nn.Module):
@@ -80,7 +80,7 @@ class Sampler(nn.Module):
         self.u, self.num_steps = u, num_steps
 
     def forward(self, noise: Tensor, label: Tensor, guidance: Tensor | None = None) -> Tensor:
-        return sample_average_velocity(partial(self.u, **told(guidance, noise)), noise, label, self.num_steps)
+        return sample_average_velocity(partial(self.u, **scale_of_all(guidance, noise)), noise, label, self.num_steps)
 
 
 def in_precision_of(network: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -111,13 +111,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     u = network.at_guidance(cfg.guidance_scale)
     whole = Step(u) if is_step else Sampler(u, cfg.num_steps)
 
-    def example(batch_size: int) -> dict[str, Tensor]:
+    def of_step(batch_size: int) -> dict[str, Tensor]:
         draw = torch.Generator().manual_seed(batch_size)
         z = torch.randn(batch_size, *shape, generator=draw)
         label = torch.randint(network.null_class + 1, (batch_size,), generator=draw)
         chosen = dict(guidance=torch.empty(()).uniform_(*network.guidance_range, generator=draw)) if cfg.guidance_input else {}
-        whole = dict(z=z, r=torch.tensor(0.25), t=torch.tensor(0.75), label=label) if is_step else dict(noise=z, label=label)
-        return whole | chosen
+        return dict(z=z, r=torch.tensor(0.25), t=torch.tensor(0.75), label=label, **chosen)
+
+    def example(batch_size: int) -> dict[str, Tensor]:
+        inputs = of_step(batch_size)
+        if is_step:
+            return inputs
+        return dict(noise=inputs["z"], **{name: value for name, value in inputs.items() if name not in ("z", "r", "t")})
 
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.stem}.writing{target.suffix}")
@@ -128,9 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if onnx:
             # A sampler's graph is one step repeated by a loop: unrolled, four steps take minutes to translate.
-            first, *others = example(2).items()
-            one = {"z": first[1], "r": torch.tensor(0.25), "t": torch.tensor(0.75), **dict(others)}
-            model = to_onnx(Step(u), one, output="z_r")
+            model = to_onnx(Step(u), of_step(2), output="z_r")
             if not is_step:
                 model = repeat_step(model, time_grid(cfg.num_steps))
             if cfg.half:
