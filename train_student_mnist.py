@@ -68,7 +68,7 @@ class Config(RunConfig):
     t_law: str = "logit-normal(-0.6, 1.6)"      # draws of t: uniform, or logit-normal(loc, scale)
     r_law: str = "logit-normal(-4, 1.6)"        # draws of r, likewise
     pinned_share: float = 0.15                  # of the intervals: pinned at those sampled at test time
-    pinned_steps: tuple[int, ...] = (1, 2)      # the numbers of steps whose intervals these are
+    pinned_steps: tuple[int, ...] = (1, 2)      # the numbers of steps whose intervals these are; one named twice counts twice
     edge_weight: float = 0.0                    # in the losses: of differences between neighbouring pixels; 0 for none
     adaptive_power: float = 0.75                # p of the adaptive weight 1 / (loss + 0.001)^p; 0 is the plain loss
     target: Literal["online", "ema"] = "online" # network that makes the splitting targets: the student, or a fast EMA of it

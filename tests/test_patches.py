@@ -16,7 +16,7 @@ from utils import losses as losses_module
 from utils.flow import step
 from utils.losses import anchored_splitting_loss, squared_error
 
-OF_STUDENTS = {"mixed-leg", "own-leg-in-two", "pin-by-count", "pin-chain", "pin-data-end", "soft-guidance", "teacher-features-0.3",
+OF_STUDENTS = {"mixed-leg", "own-leg-in-two", "pin-chain", "pin-data-end", "soft-guidance", "teacher-features-0.3",
                "teacher-features-1", "three-hops", "two-hops", "warm-start"}
 TESTED_BELOW = {"heads-of-128", "compile-whole", "two-steps", "shared-states", "mean-guidance", "wider-modulation", "guidance-at-once",
                 "ema-every-8", "attention-cudnn", "attention-flash", "attention-plain"}
@@ -184,14 +184,6 @@ def test_chains_pinned(undo):
     unpinned = [draw(40_000, *laws, 0, (1, 2), torch.Generator().manual_seed(0))
                 for draw in (train_student_mnist.draw_intervals, student_patches.draw_intervals)]
     assert torch.equal(torch.stack(unpinned[0]), torch.stack(unpinned[1]))
-
-
-def test_pinned_by_count(undo):
-    patches.PATCHES["pin-by-count"]()
-    r, t = train_student_mnist.draw_intervals(60_000, "uniform", "uniform", 1.0, (1, 2, 4), torch.Generator().manual_seed(0))
-    for n in (1, 2, 4):
-        for i in range(n):
-            assert ((r == i / n) & (t == (i + 1) / n)).float().mean().item() == pytest.approx(1 / 3 / n, abs=0.006)
 
 
 def test_soft_guidance_has_no_edge(undo):

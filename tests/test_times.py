@@ -52,14 +52,14 @@ def test_unpinned_intervals_are_two_sorted_independent_draws(draw):
 @pytest.mark.parametrize(
     ("step_counts", "expected"),
     [
-        ((1,), {(0, 1)}),
-        ((1, 2), {(0, 1), (0, 0.5), (0.5, 1)}),
-        ((2, 4), {(0, 0.5), (0.5, 1), (0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1)}),
+        ((1,), [(0, 1)]),
+        ((1, 2), [(0, 0.5), (0, 1), (0.5, 1)]),
+        ((2, 4), [(0, 0.25), (0, 0.5), (0.25, 0.5), (0.5, 0.75), (0.5, 1), (0.75, 1)]),
+        ((1, 2, 1), [(0, 0.5), (0, 1), (0, 1), (0.5, 1)]),
     ],
 )
 def test_sampling_intervals(step_counts, expected):
-    found = sampling_intervals(step_counts)
-    assert len(found) == len(set(found)) and set(found) == expected
+    assert sampling_intervals(step_counts) == expected
 
 
 def test_pinned_share(draw):
@@ -72,6 +72,11 @@ def test_everything_pinned(draw):
     counts = pinned_counts(*intervals(draw, 1))
     assert counts.sum() == NUM
     torch.testing.assert_close(counts / NUM, torch.full((3,), 1 / 3), rtol=0, atol=0.01)
+
+
+def test_a_number_of_steps_named_twice_is_pinned_twice_as_often(draw):
+    counts = pinned_counts(*intervals(draw, 1, pinned_steps=(1, 1, 2)))
+    torch.testing.assert_close(counts / NUM, torch.tensor([0.25, 0.5, 0.25]), rtol=0, atol=0.01)
 
 
 def test_nothing_pinned(draw):

@@ -51,8 +51,8 @@ def draw_between(num: int, low: float, high: float, generator: Generator) -> Ten
 
 
 def sampling_intervals(step_counts: Sequence[int]) -> list[tuple[float, float]]:
-    """The intervals (r, t) that a student is asked for when it samples in these numbers of equal steps."""
-    return sorted({(i / n, (i + 1) / n) for n in step_counts for i in range(n)})
+    """The intervals (r, t) that a student is asked for in sampling by these numbers of equal steps, each as often as it is named."""
+    return sorted((i / n, (i + 1) / n) for n in step_counts for i in range(n))
 
 
 def draw_intervals(num: int, t_law: str, r_law: str, pinned_share: float, pinned_steps: Sequence[int],
@@ -66,7 +66,8 @@ def draw_intervals(num: int, t_law: str, r_law: str, pinned_share: float, pinned
         num: number of intervals.
         t_law, r_law: laws of the noise-side and the data-side draw; see `draw_times`.
         pinned_share: probability in [0, 1] that a row is pinned.
-        pinned_steps: numbers of steps whose intervals are pinned, each interval alike.
+        pinned_steps: numbers of steps whose intervals are pinned, each interval alike; with (1, 1, 2) the one of one step as often as
+            both of two.
         generator: source of randomness; its device is the result's.
 
     Returns:

@@ -34,7 +34,6 @@ PATCHES: dict[str, Callable[[], None]] = {
     "own-leg-in-two": lambda: student_patches.own_leg_in_steps(2),
     "pin-data-end": student_patches.pin_data_end,
     "pin-chain": lambda: student_patches.pin_chain(0.3),
-    "pin-by-count": student_patches.pin_by_count,
     "soft-guidance": lambda: student_patches.soft_guidance(0.2),
     "mean-guidance": student_patches.mean_guidance,
     "wider-modulation": lambda: student_patches.wider_modulation(4),

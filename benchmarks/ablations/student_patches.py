@@ -1,7 +1,6 @@
 """Variants of a student's training that train_student.py has no flag for; see `patches`."""
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ import train_student
 from benchmarks import perfect_student, splitting_bias
 from benchmarks.ablations.changes import STUDENTS, change
 from models import DiT, build_network, dit, student_from_teacher
-from utils import losses, times
+from utils import losses
 from utils.flow import pad_like, step
 from utils.guidance import Velocity
 from utils.losses import AverageVelocity, Leg, StudentLoss, squared_error, student_loss
@@ -93,15 +92,6 @@ def pin_chain(share: float) -> None:
         return torch.lerp(r, t, (1 - share) ** hops)
 
     move_pinned(shorter)
-
-
-def pin_by_count() -> None:
-    """Each number of steps is pinned as often as another, not each interval: the one interval of one step as often as both of two."""
-    def intervals(step_counts: Sequence[int]) -> list[tuple[float, float]]:
-        longest = math.lcm(*step_counts)
-        return sorted((i / n, (i + 1) / n) for n in step_counts for i in range(n) for _ in range(longest // n))
-
-    change([times], "sampling_intervals", intervals)
 
 
 def mix(v: Velocity, null_class: int, guidance_scale: float, share: Tensor, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
