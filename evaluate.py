@@ -74,7 +74,7 @@ class Config:
     teacher: str | None = None                  # of a student, for the distance from it; None: the one beside the checkpoint, if any
     batch_size: int | None = None               # images at a time; None: 500 on a GPU, 50 on a CPU
     bfloat16: bool = False                      # compute in bfloat16 (on CUDA only): twice as fast, with a light grain in one step
-    compile: bool = False                       # torch.compile the network (on CUDA only): 15 s, pays from some 200,000 evaluations on
+    compile: bool = False                       # torch.compile the network (on CUDA only): 15 to 21 s, pays from 200,000 evaluations on
     device: str = "auto"                        # auto, cuda, cpu
     num_workers: int = 4                        # threads that decode image files
     autoencoder: str | None = None              # of a network of latents: hub id or folder; None: where it was in training

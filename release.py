@@ -1,8 +1,8 @@
 """Make what is released from a run: its EMA weights in bfloat16, as one file or as a folder for the Hugging Face Hub.
 
     python release.py results/student-mnist checkpoints/student-mnist.safetensors
-    python release.py results/student-mnist hub/splitmeanflow-mnist --evaluation results/evaluation-student-mnist
-    python release.py results/student-mnist hub/splitmeanflow-mnist --replace True --push someone/splitmeanflow-mnist
+    python release.py results/student-mnist hub/mnist --evaluation results/evaluation-student-mnist
+    python release.py results/student-mnist hub/mnist --evaluation results/evaluation-student-mnist --replace True --push someone/mnist
 """
 
 import os

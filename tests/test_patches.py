@@ -17,7 +17,7 @@ from utils.flow import step
 from utils.losses import anchored_splitting_loss, squared_error
 
 OF_STUDENTS = {"mixed-leg", "own-leg-in-two", "pin-chain", "pin-data-end", "soft-guidance", "teacher-features-0.3",
-               "teacher-features-1", "three-hops", "two-hops", "warm-start"}
+               "teacher-features-1", "three-hops", "two-hops", "warm-start", "whole-below-0.05", "whole-below-0.1"}
 TESTED_BELOW = {"heads-of-128", "compile-whole", "two-steps", "shared-states", "mean-guidance", "wider-modulation", "guidance-at-once",
                 "ema-every-8", "attention-cudnn", "attention-flash", "attention-plain"}
 
@@ -153,6 +153,24 @@ def test_an_own_leg_in_two_steps(undo):
     patches.PATCHES["own-leg-in-two"]()
     torch.testing.assert_close(errors(ORACLE.u), right)
     assert errors(euler) < wrong / 2
+
+
+def test_short_intervals_are_the_teacher_s_alone(undo):
+    """Below the length a student's own leg, however wrong, is not asked; above it nothing changes."""
+    z_t, r, t, _, y = batch(256)
+    share = torch.full_like(t, 0.3)
+    short = t - r < 0.1
+
+    def losses_by(own) -> torch.Tensor:
+        args = ORACLE.u, own, ORACLE.v, z_t, r, t, share, y, 16, "midpoint", "self"
+        return train_student_mnist.student_loss(*args).splitting
+
+    plain_wrong = losses_by(lambda z, r, t, y: 0 * z)
+    patches.PATCHES["whole-below-0.1"]()
+    right, wrong = losses_by(ORACLE.u), losses_by(lambda z, r, t, y: 0 * z)
+    assert 10 < short[16:].sum() < 230
+    assert torch.equal(right[short[16:]], wrong[short[16:]]) and right[short[16:]].max() < 1e-4
+    assert torch.equal(wrong[~short[16:]], plain_wrong[~short[16:]]) and not torch.equal(wrong, plain_wrong)
 
 
 def test_data_ends_pinned(undo):

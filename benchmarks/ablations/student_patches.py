@@ -94,6 +94,15 @@ def pin_chain(share: float) -> None:
     move_pinned(shorter)
 
 
+def whole_below(length: float) -> None:
+    """Of intervals shorter than `length` the teacher's leg takes all: a chain of targets ends there, and not in the boundary condition."""
+    def loss(u: AverageVelocity, u_target: AverageVelocity, v: Velocity, z_t: Tensor, r: Tensor, t: Tensor, share: Tensor,
+             *rest: Any) -> StudentLoss:
+        return student_loss(u, u_target, v, z_t, r, t, torch.where(t - r < length, 1, share), *rest)
+
+    change(STUDENTS, "student_loss", loss)
+
+
 def mix(v: Velocity, null_class: int, guidance_scale: float, share: Tensor, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
     """v guided by a scale that is 1 where share is 0 and guidance_scale where it is 1; share: (B,)."""
     return torch.lerp(v(z, t, torch.full_like(y, null_class)), v(z, t, y), pad_like(1 + (guidance_scale - 1) * share, z))
