@@ -53,7 +53,8 @@ from utils.pictures import save_grid
 from utils.sampling import sample_average_velocity, sample_velocity
 from utils.seeding import generator
 
-INCEPTION_FILE, INCEPTION_SHA256 = "pt_inception-2015-12-05-6726825d.pth", "6726825d"
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,9 @@ class Config:
             require(self, field, getattr(self, field) >= 1, "at least 1")
         require(self, "batch_size", self.batch_size is None or self.batch_size >= 1, "at least 1, or None")
         require(self, "num_steps", all(n >= 1 for n in self.num_steps), "counts of at least 1")
+        require(self, "classifier", self.classifier is None or self.features == "classifier", "left out with --features inception")
+        require(self, "inception_weights", self.inception_weights is None or self.features == "inception",
+                "left out without --features inception")
         check_interval(self, "guidance_interval")
 
 
@@ -101,8 +105,8 @@ def inception_judge(weights: str | None, ranks: Ranks) -> Judge:
         if not Path(weights).is_file():
             raise ValueError(f"--inception-weights {weights}: no such file")
         digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
-        if not digest.startswith(INCEPTION_SHA256):
-            raise ValueError(f"--inception-weights {weights} has SHA-256 {digest[:8]}...; {INCEPTION_FILE} has {INCEPTION_SHA256}...")
+        if digest != INCEPTION_SHA256:
+            raise ValueError(f"--inception-weights {weights} has SHA-256 {digest}; {INCEPTION_FILE} has {INCEPTION_SHA256}")
     try:
         network = create_feature_extractor("inception-v3-compat", ["2048", "logits_unbiased"], cuda=ranks.device.type == "cuda",
                                            feature_extractor_weights_path=weights, verbose=False)
@@ -141,13 +145,30 @@ def find_own_teacher(checkpoint: str, teacher: str | None) -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
+def load_own_teacher(path: Path, architecture: dict[str, Any], metadata: dict[str, Any], ranks: Ranks) -> DiT | SiT:
+    """The network at `path`, checked to be a teacher's for a student of this architecture and metadata, with a note if it is another one.
+
+    Raises:
+        ValueError: it is no teacher, or of another size.
+    """
+    teacher, theirs = load_network(path, build_network, ranks.device)
+    if theirs["kind"] != "teacher":
+        raise ValueError(f"--teacher {path} is a {theirs['kind']}; the distance is that from a teacher")
+    for key in ("num_channels", "image_size", "num_classes"):
+        if teacher.architecture[key] != architecture[key]:
+            raise ValueError(f"--teacher {path} has {key} {teacher.architecture[key]}, the student {architecture[key]}")
+    if metadata.get("teacher", weights_id(teacher)) != weights_id(teacher):
+        print(f"note: {path} is teacher {weights_id(teacher)}; the student learnt from {metadata['teacher']}")
+    return teacher
+
+
 def label(checkpoint: Path) -> str:
     """Name for a checkpoint's results: its own, after the run it lies in, since all runs have files of the same names."""
     for run in checkpoint.parents:
         if (run / "config.json").is_file():
             inside = checkpoint.relative_to(run).with_suffix("").parts
             return "-".join([run.name, *(part for part in inside if part != "checkpoints")])
-    return checkpoint.stem
+    return checkpoint.name if checkpoint.is_dir() else checkpoint.stem
 
 
 def arithmetic(bfloat16: bool) -> str:
@@ -177,7 +198,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError("--guidance-interval {} {}: a student has its guidance inside".format(*cfg.guidance_interval))
     if student and cfg.method != "euler":
         raise ValueError(f"--method {cfg.method}: only a teacher's flow is solved; a student jumps")
+    if cfg.out and free_folder(Path(cfg.out), to_dict(cfg)) != Path(cfg.out):
+        raise ValueError(f"--out {cfg.out} holds an evaluation by other flags, which is not overwritten; choose another one")
+    if not student and cfg.teacher is not None:
+        raise ValueError(f"--teacher {cfg.teacher}: only a student has one, and {cfg.checkpoint} is a teacher")
     architecture = network.architecture
+    own = find_own_teacher(cfg.checkpoint, cfg.teacher) if student else None
+    teacher = load_own_teacher(own, architecture, metadata, ranks) if own else None
     data = cfg.data or metadata["config"]["data"]
     if data is None:
         raise ValueError(f"{cfg.checkpoint} does not say what it was trained on; name the images with --data")
@@ -196,17 +223,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The training split and the floor.
     real, real_labels = shuffled(images)
     metrics.check_pixels(real, 2, "training images")
+    least = judge(real[:2]).features.shape[1] + 1
+    require(cfg, "num_images", cfg.num_images >= least, f"at least {least}: one more than the judge has features")
     reference = reference_features(judge, real, Path(cfg.cache))
-    least = reference.features.shape[1] + 1
     floor_pixels, floor_labels = shuffled(held_out)
     metrics.check_pixels(floor_pixels[: cfg.num_images], least, "held-out images")
     floor_features = judge(floor_pixels[: cfg.num_images])
     background = ThreadPoolExecutor(1)                      # compares while the next samples are drawn
     comparing = comparing_floor = background.submit(compare, judge, floor_features, floor_labels[: cfg.num_images], reference)
     num_floor = len(floor_features.features)
+    in_bfloat16 = cfg.bfloat16 and ranks.device.type == "cuda"
     protocol = {"checkpoint": cfg.checkpoint, "data": images.name, "features": judge.name, "num_images": cfg.num_images,
                 "reference": f"{len(real)} training images", "floor": f"{num_floor} held-out images", "seeds": cfg.seeds,
-                "weights": f"EMA {weights_id(network)}", "arithmetic": arithmetic(cfg.bfloat16), "images": "8 bits"}
+                "weights": f"EMA {weights_id(network)}", "arithmetic": arithmetic(in_bfloat16), "images": "8 bits"}
     print("  ".join(f"{key}: {value}" for key, value in protocol.items()), flush=True)
     if num_floor < cfg.num_images:
         print(f"note: the floor has fewer images than the rows ({num_floor} < {cfg.num_images}), which alone makes its distances larger")
@@ -219,10 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = Path(cfg.out) if cfg.out else free_folder(Path(f"results/evaluation-{label(Path(cfg.checkpoint))}"), to_dict(cfg))
     out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    own = find_own_teacher(cfg.checkpoint, cfg.teacher) if student else None
-    if own:
-        teacher, _ = load_network(own, build_network, ranks.device)
-
+    if teacher:
         @cache
         def from_teacher(guidance_scale: float) -> TeacherDistance:
             v = guided_velocity(teacher.velocity, teacher.null_class, guidance_scale, tuple(metadata["config"]["guidance_interval"]))
@@ -242,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             distances, indices = metrics.nearest(seen.features[few], reference.features, 4)
             ratio, copies = metrics.memorisation(distances[:, 0], held_nearest[:, 0])
             numbers = {"neighbour_ratio": ratio, "near_copies": copies}
-            if own:
+            if teacher:
                 numbers["teacher_distance"] = from_teacher(scale)(sample, seed)
             seeds.append(numbers)
             if not rows and seed == 0:                      # the samples that are nearest to some training image, with those

@@ -44,6 +44,7 @@ class Config:
 
     def __post_init__(self) -> None:
         require(self, "num_steps", self.num_steps >= 1, "at least 1")
+        require(self, "num_steps", self.num_steps == 1 or self.form == "sampler", "left out with --form step, which is one")
         require(self, "target", Path(self.target).suffix in (".onnx", ".pt2"), "a name that ends in .onnx or .pt2")
         require(self, "guidance_input", not self.guidance_input or self.guidance_scale is None, "False with --guidance-scale")
         require(self, "half", not self.half or self.target.endswith(".onnx"), "False for .pt2")

@@ -8,6 +8,7 @@
 """
 
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -55,6 +56,7 @@ class SplitMeanFlowPipeline:
 
         Raises:
             FileNotFoundError, CheckpointError: a path that holds no model.
+            ValueError: a network's own `save_pretrained`, which does not say what it is.
             OSError: a Hub id that cannot be downloaded.
         """
         path = Path(source)
@@ -64,6 +66,9 @@ class SplitMeanFlowPipeline:
         if not path.exists() and (len(path.parts) != 2 or path.suffix == ".safetensors"):
             raise FileNotFoundError(f"no model at {source}; a Hub id has the form user/name")
         network, config = from_pretrained(source, **hub_arguments)
+        if "kind" not in config:
+            raise ValueError(f"{source} holds a network alone, without its kind and classes; release.py and save_pretrained of a pipeline "
+                             "write those too")
         return cls(network, {key: value for key, value in config.items() if key not in network.architecture}, autoencoder)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -93,7 +98,7 @@ class SplitMeanFlowPipeline:
         if class_labels is None:
             return torch.full((batch_size,), self.network.null_class)
         given = class_labels.tolist() if isinstance(class_labels, Tensor) else class_labels
-        labels = [given] if isinstance(given, int | str) else list(given)
+        labels = [given] if isinstance(given, Integral | str) else list(given)
         known = {**{i: i for i in range(self.network.null_class)}, **{name: i for i, name in enumerate(self.classes)}}
         unknown = [label for label in labels if label not in known]
         if unknown or not labels:

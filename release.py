@@ -39,7 +39,7 @@ class Config:
 def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse_config(Config, argv, __doc__)
     target = Path(cfg.target)
-    if target.exists() and not cfg.replace:
+    if (target.is_file() or (target.is_dir() and any(target.iterdir()))) and not cfg.replace:
         raise ValueError(f"{target} exists; use --replace True to overwrite it")
     source = resolve_weights(cfg.source)
     weights, metadata = read_weights(source)
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{target}: {what}, {target.stat().st_size / 1e6:.1f} MB")
         return
 
-    if target.exists() and not (target / "model.safetensors").is_file():
+    if target.exists() and any(target.iterdir()) and not (target / "model.safetensors").is_file():
         raise ValueError(f"{target} is no model folder: not overwritten")
     places = {"ema.safetensors": source.parent.parent.parent, "best.safetensors": source.parent}       # run/checkpoints/step_X/ema...
     run = places.get(source.name, source.with_suffix(""))
@@ -67,11 +67,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     temporary.mkdir()
     (temporary / "README.md").write_text(card)
     save_model_folder(temporary, network.bfloat16(), metadata)
-    stale = target.with_name(f".{target.name}.stale")
-    if target.exists():
-        os.replace(target, stale)
-    os.replace(temporary, target)
-    shutil.rmtree(stale, ignore_errors=True)
+    target.mkdir(exist_ok=True)
+    for file in sorted(temporary.iterdir(), reverse=True):              # whatever else is there, a repository's .git say, stays
+        os.replace(file, target / file.name)
+    temporary.rmdir()
     print(f"{target}: {what}, {(target / 'model.safetensors').stat().st_size / 1e6:.1f} MB")
     if cfg.push:
         from huggingface_hub import HfApi

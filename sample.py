@@ -5,6 +5,7 @@
     python sample.py checkpoints/student-mnist.safetensors --num-steps 1 --num-images 50000 --formats npz --compile True --bfloat16 True
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from utils import distributed
 from utils.autoencoder import load_autoencoder
 from utils.checkpoints import load_network
 from utils.config import check_interval, parse_config, require
-from utils.data import to_pixels
+from utils.data import to_pixels, to_range
 from utils.guidance import guided_velocity
 from utils.pictures import save_gif, save_grid
 from utils.sampling import sample_average_velocity, sample_velocity
@@ -52,6 +53,7 @@ class Config:
         require(self, "num_images", self.num_images >= 1, "at least 1")
         require(self, "batch_size", self.batch_size is None or self.batch_size >= 1, "at least 1, or None")
         require(self, "num_steps", all(n >= 1 for n in self.num_steps), "counts of at least 1")
+        require(self, "guidance_scale", self.guidance_scale is None or math.isfinite(self.guidance_scale), "a number")
         check_interval(self, "guidance_interval")
         require(self, "formats", len(self.formats) > 0, "one or more of grid, png, npz, gif")
 
@@ -96,6 +98,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for folder in (out / f"{n}step" for n in counts if "png" in cfg.formats):
         if folder.is_dir() and any(folder.iterdir()):
             raise ValueError(f"{folder} holds images already, which these would mix with; choose another --out")
+    for file in (out / f"{n}step.npz" for n in counts if "npz" in cfg.formats):
+        if file.exists():
+            raise ValueError(f"{file} is there already, and is not overwritten; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     batch_size = cfg.batch_size or ranks.batch_size
     if cfg.compile and ranks.device.type == "cuda":
@@ -109,29 +114,31 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.cuda.synchronize()
         tqdm.write(f"compiled in {time.monotonic() - start:.1f} s")
 
+    shown_at_most = min(100, cfg.num_images)
+    few, gif = torch.arange(shown_at_most) * cfg.num_images // shown_at_most, "gif" in cfg.formats      # of all classes
     for num_steps in counts:
         noise = generator(ranks.device, cfg.seed, "noise")
         renoise = generator(ranks.device, cfg.seed, "renoise") if cfg.renoise else None
-        pixels, shown, missing, start = [], [], min(100, cfg.num_images), time.monotonic()
-        for labels in tqdm(y.split(batch_size), f"{num_steps} steps", disable=None):
+        pixels, shown, start = [], [], time.monotonic()
+        for labels, places in zip(tqdm(y.split(batch_size), f"{num_steps} steps", disable=None), torch.arange(len(y)).split(batch_size)):
             z = torch.randn(len(labels), *shape, generator=noise, device=ranks.device)
             with ranks.autocast(cfg.bfloat16):
                 if student:
-                    states = sample_average_velocity(u, z, labels.to(ranks.device), num_steps, renoise, trajectory=missing > 0)
+                    states = sample_average_velocity(u, z, labels.to(ranks.device), num_steps, renoise, trajectory=gif)
                 else:
-                    states = sample_velocity(v, z, labels.to(ranks.device), num_steps, cfg.method, trajectory=missing > 0)
-            if missing > 0:                                 # of the grid and the GIF
-                shown.append(states[:, :missing])
-                missing, states = missing - len(labels), states[-1]
+                    states = sample_velocity(v, z, labels.to(ranks.device), num_steps, cfg.method, trajectory=gif)
+            if gif:
+                shown.append(states[:, torch.isin(places, few).to(ranks.device)])
+                states = states[-1]
             pixels.append(to_pixels(decode(states)).to("cpu", non_blocking=True))       # the next batch need not wait for it
         if ranks.device.type == "cuda":
             torch.cuda.synchronize()
         pixels, seconds = torch.cat(pixels)[: cfg.num_images], time.monotonic() - start
-        name, trajectory = f"{num_steps}step", torch.cat(shown, dim=1)
+        name = f"{num_steps}step"
         if "grid" in cfg.formats:
-            save_grid(out / f"{name}.png", decode(trajectory[-1]))
-        if "gif" in cfg.formats:
-            save_gif(out / f"{name}.gif", decode(trajectory))
+            save_grid(out / f"{name}.png", to_range(pixels[few]))
+        if gif:
+            save_gif(out / f"{name}.gif", decode(torch.cat(shown, dim=1)))
         if "npz" in cfg.formats:
             np.savez(out / f"{name}.npz", arr_0=pixels.permute(0, 2, 3, 1).numpy(), labels=y[: cfg.num_images].numpy())
         if "png" in cfg.formats:

@@ -39,6 +39,7 @@ class Config:
     held_out: str | None = None                 # path of other images of the same classes, if --data is a path
     data_root: str = "data"                     # where mnist and cifar10 are, or are downloaded to
     image_size: int | None = None               # side in pixels; None: the data set's own, 32 for a path
+    flip: bool | None = None                    # mirror each image in every other epoch; None: all but mnist and digits
     width: int = 64                             # channels of the first layer; there are 4 times as many features
     epochs: float = 30                          # passes over the training split
     batch_size: int = 128                       # images an update
@@ -102,7 +103,7 @@ def train(images: Images, cfg: Config, ranks: Ranks) -> Classifier:
     for step in bar:
         places = order[step * size : (step + 1) * size]
         chosen, epochs = places % count, places // count
-        flip = (mirrored[chosen] ^ (epochs % 2 == 1)).to(ranks.device) if images.flip else None
+        flip = (mirrored[chosen] ^ (epochs % 2 == 1)).to(ranks.device) if (images.flip if cfg.flip is None else cfg.flip) else None
         chosen = chosen.to(ranks.device)
         x = shifted(images.x(pixels[chosen], flip), max(1, images.image_size // 14), torch.default_generator)
         with ranks.autocast():

@@ -112,11 +112,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = load_data(cfg.data, cfg.data_root, cfg.image_size, cfg.num_workers)
     check_guidance(images, (cfg.guidance_scale, *(cfg.guidance_range or ())))
     decode = load_autoencoder(images.autoencoder, cfg.autoencoder, device).decode        # from latents to images; pixels stay
-    batches = Batches(images, cfg.global_batch_size, cfg.seed, ranks)
+    batches = Batches(images, cfg.global_batch_size, cfg.seed, ranks, cfg.flip)
     evaluate = cfg.eval_every and QuickEvaluation(cfg.classifier, Classifier, images, ranks, cfg.results_dir)
     run = Run(cfg, "student", ranks, images)
     kept = run.folder / "teacher.safetensors"
-    path = kept if kept.exists() else find_teacher(cfg.teacher, cfg.results_dir, cfg.data, images.shape[-1])
+    goes_on = kept.exists() and bool(step_folders(run.checkpoints))
+    path = kept if goes_on else find_teacher(cfg.teacher, cfg.results_dir, cfg.data, images.shape[-1])
     teacher, teacher_metadata = load_network(path, build_network, device)
     check_teacher(path, teacher_metadata, images, cfg.model)
     torch.manual_seed(fold(cfg.seed, "weights"))            # alike on every rank
@@ -169,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sample_y = sample_labels(len(images.classes)).to(device)
     sample_z = torch.randn(len(sample_y), *images.shape, generator=generator(device, cfg.seed, "samples"), device=device)
     meter = Meter(["loss", "boundary", "splitting", "grad_norm"], ranks)
-    run.start(done, seconds)
+    run.start(done, seconds, teacher_id)
     run.keep_teacher(path, teacher_metadata)
 
     with StopRequest() as stop, run:

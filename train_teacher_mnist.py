@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_guidance(images, cfg.guidance_scale)
     check_augment(images, cfg.augment)
     decode = load_autoencoder(images.autoencoder, cfg.autoencoder, device).decode        # from latents to images; pixels stay
-    batches = Batches(images, cfg.global_batch_size, cfg.seed, ranks)
+    batches = Batches(images, cfg.global_batch_size, cfg.seed, ranks, cfg.flip)
     evaluate = cfg.eval_every and QuickEvaluation(cfg.classifier, Classifier, images, ranks, cfg.results_dir)
     run = Run(cfg, "teacher", ranks, images)
     torch.manual_seed(fold(cfg.seed, "weights"))            # alike on every rank

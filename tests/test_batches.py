@@ -73,6 +73,12 @@ def test_without_flip_nothing_is_mirrored():
     assert not mirrored(batches(numbered(200), 1000)(1)[0]).any()
 
 
+@pytest.mark.parametrize("flip", [False, True])
+def test_flip_may_be_said(flip):
+    draw = Batches(numbered(200, flip=not flip), 1000, 0, Ranks(0, 1, torch.device("cpu")), flip)
+    assert mirrored(draw(1)[0]).any() == flip
+
+
 def test_batches_lie_in_the_models_range():
     x, y = batches(load_images("digits"), 256)(1)
     assert (x.dtype, x.min(), x.max(), y.dtype) == (torch.float32, -1, 1, torch.int64)

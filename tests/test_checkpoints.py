@@ -12,7 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from models import DiT
-from utils.checkpoints import CheckpointError, load_network, read_latest, resolve_weights, save_checkpoint, step_folders
+from utils.checkpoints import (
+    CheckpointError,
+    is_finished,
+    load_network,
+    read_latest,
+    resolve_weights,
+    save_checkpoint,
+    step_folders,
+)
 
 NAMES = ("ema", "raw")
 FULL = OSError(28, "No space left on device")
@@ -244,6 +252,14 @@ def test_all_bad_is_an_error_that_names_each(three):
     with pytest.raises(CheckpointError, match="no checkpoint in .* is good: .*step_00000003.*step_00000002.*step_00000001"):
         read_latest(three, NAMES, no_warning)
     assert names(three) == ["step_00000001", "step_00000002", "step_00000003"]
+
+
+def test_a_run_with_a_torn_end_is_not_finished(three):
+    last = step_folders(three)[-1]
+    steps = int(last.name.removeprefix("step_"))
+    assert is_finished(three, steps) and not is_finished(three, steps + 1)
+    (last / "ema.safetensors").write_bytes(b"")
+    assert not is_finished(three, steps)
 
 
 def test_run_goes_on_over_a_bad_one(three):

@@ -40,8 +40,10 @@ def folder(tmp_path_factory):
 
 
 def run(folder, checkpoint, *flags):
-    evaluate.main([str(folder / checkpoint), "--classifier", str(folder / "judge.safetensors"), "--num-images", "300", "--seeds", "2",
-                   "--out", str(folder / "out"), "--cache", str(folder / "cache"), "--device", "cpu", *flags])
+    (folder / "out" / "metrics.json").unlink(missing_ok=True)               # or it would not be overwritten
+    judge = [] if "inception" in flags else ["--classifier", str(folder / "judge.safetensors")]
+    evaluate.main([str(folder / checkpoint), *judge, "--num-images", "300", "--seeds", "2", "--out", str(folder / "out"),
+                   "--cache", str(folder / "cache"), "--device", "cpu", *flags])
     result = json.loads((folder / "out" / "metrics.json").read_text())
     suffix = f" [{result['protocol']['features']}, n=300]"                  # part of every metric's name
     for part in (result["floor"], *result["rows"]):
@@ -67,6 +69,39 @@ def test_student(folder, capsys):
     assert "| 2 steps | 2 |" in (folder / "hub" / "README.md").read_text()
     with pytest.raises(ValueError, match="is of the weights EMA [0-9a-f]{8}, not of these, EMA"):
         release.main([str(folder / "teacher-digits.safetensors"), str(folder / "other"), "--evaluation", str(folder / "out")])
+
+
+def test_a_teacher_is_checked_before_work_starts(folder, capsys):
+    """One of another size is refused; another one of its size is told of; a teacher's checkpoint has none."""
+    for name, network in (("larger", DiT("DiT-Nano/4", 16, 1, 10)), ("other", DiT("DiT-Nano/4", 8, 1, 10))):
+        write_weights(folder / f"{name}.safetensors", network.state_dict(),
+                      dict(kind="teacher", architecture=network.architecture, classes=[], config={}, step=1))
+    weights, metadata = read_weights(folder / "student-digits.safetensors")
+    write_weights(folder / "student-knows.safetensors", weights, {**metadata, "teacher": "01234567"})
+    for checkpoint, teacher, message in (("student-digits", "larger", "has image_size 16, the student 8"),
+                                         ("teacher-digits", "other", "only a student has one")):
+        with pytest.raises(ValueError, match=message):
+            run(folder, f"{checkpoint}.safetensors", "--teacher", str(folder / f"{teacher}.safetensors"))
+    run(folder, "student-knows.safetensors", "--num-steps", "1", "--teacher", str(folder / "other.safetensors"))
+    assert "the student learnt from 01234567" in capsys.readouterr().out
+
+
+def test_an_evaluation_by_other_flags_is_not_overwritten(folder):
+    run(folder, "student-digits.safetensors", "--num-steps", "1")
+    before = (folder / "out/metrics.json").read_bytes()
+    with pytest.raises(ValueError, match="--out .*out holds an evaluation by other flags, which is not overwritten"):
+        evaluate.main([str(folder / "student-digits.safetensors"), "--out", str(folder / "out"), "--device", "cpu"])
+    assert (folder / "out/metrics.json").read_bytes() == before
+
+
+def test_a_name_with_a_point(tmp_path):
+    (tmp_path / "student-v1.5").mkdir()
+    assert evaluate.label(tmp_path / "student-v1.5") == "student-v1.5"
+    assert evaluate.label(tmp_path / "student-v1.5.safetensors") == "student-v1.5"
+
+
+def test_a_cpu_computes_in_float32_whatever_is_asked(folder):
+    assert run(folder, "student-digits.safetensors", "--num-steps", "1", "--bfloat16", "True")["protocol"]["arithmetic"] == "float32"
 
 
 def test_the_protocol_says_in_what_is_computed():
@@ -144,13 +179,21 @@ def test_same_seeds_give_the_same_numbers(folder):
     (["--method", "heun"], ValueError, "only a teacher's flow is solved"),
     (["--classifier", "nowhere.safetensors"], FileNotFoundError, "train_classifier.py --data digits"),
     (["--data", "nowhere"], ValueError, "no such data set or path"),
-    (["--num-images", "20"], ValueError, "too few"),
+    (["--num-images", "20"], ValueError, "--num-images 20: must be at least 33"),
+    (["--teacher", "student-digits.safetensors"], ValueError, "--teacher student-digits.safetensors is a student; the distance is"),
     (["--features", "inception", "--inception-weights", "nowhere.pth"], ValueError, "nowhere.pth: no such file"),
     (["--features", "inception", "--inception-weights", __file__], ValueError, "has SHA-256"),
 ])
-def test_errors(folder, flags, error, message):
+def test_errors(folder, flags, error, message, monkeypatch):
+    monkeypatch.chdir(folder)
     with pytest.raises(error, match=message):
         run(folder, "student-digits.safetensors", *flags)
+
+
+def test_flags_of_the_other_feature_space_are_refused():
+    for fields, message in ((dict(inception_weights="x"), "without"), (dict(classifier="x", features="inception"), "with")):
+        with pytest.raises(ValueError, match=f"must be left out {message} --features inception"):
+            evaluate.Config("x", **fields)
 
 
 def test_a_judge_of_other_classes_gives_inception_scores(folder, monkeypatch):

@@ -142,6 +142,7 @@ def test_refusals(student, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="is a teacher; a student"):
         export.main([str(teacher), str(tmp_path / "t.onnx")])
     for fields, message in [(dict(target="x.bin"), "ends in .onnx or .pt2"), (dict(target="x.onnx", num_steps=0), "at least 1"),
+                            (dict(target="x.onnx", form="step", num_steps=4), "--num-steps 4: must be left out with --form step"),
                             (dict(target="x.pt2", half=True), "False for .pt2")]:
         with pytest.raises(ValueError, match=message):
             export.Config(str(student[0]), **fields)

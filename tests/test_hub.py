@@ -64,6 +64,8 @@ def test_what_a_network_saves_by_itself(tmp_path):
     again = DiT.from_pretrained(tmp_path / "net")
     assert again.architecture == network.architecture
     assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), again.state_dict().values()))
+    with pytest.raises(ValueError, match="holds a network alone"):
+        SplitMeanFlowPipeline.from_pretrained(tmp_path / "net")
     weights = load_file(tmp_path / "net/model.safetensors")
     save_file({name: weight for name, weight in weights.items() if name != "position"}, tmp_path / "net/model.safetensors")
     with pytest.raises(RuntimeError, match=r"Missing key.*position"):           # huggingface_hub's default would pass over it
@@ -94,7 +96,8 @@ def test_pipeline_of_a_student(results, folder):
     expected = sample_average_velocity(pipe.network, z, torch.tensor([1, 7, 7]), 2).clamp(-1, 1)
     images = pipe([1, "7", 7], 2, torch.manual_seed(4), output_type="pt").images
     assert torch.equal(images, expected)
-    for one in (7, "7", torch.tensor(7), [7]):
+    assert torch.equal(pipe(np.array([1, 7, 7]), np.int64(2), torch.manual_seed(4), output_type="pt").images, expected)
+    for one in (7, "7", torch.tensor(7), np.int64(7), [7]):
         assert pipe.labels(one, 1).tolist() == [7]
     pictures = pipe(class_labels=torch.tensor([1, 7, 7]), num_inference_steps=2, generator=torch.manual_seed(4)).images
     arrays = pipe([1, 7, 7], 2, torch.manual_seed(4), output_type="np").images
@@ -149,6 +152,7 @@ def test_release_keeps_what_is_there(results, folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="exists; use --replace True"):
         release.main([run, str(folder)])
     (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/mine.txt").touch()
     with pytest.raises(ValueError, match="is no model folder: not overwritten"):
         release.main([run, str(tmp_path / "photos"), "--replace", "True"])
     with pytest.raises(ValueError, match="a file has no card"):
@@ -164,8 +168,15 @@ def test_release_keeps_what_is_there(results, folder, tmp_path, monkeypatch):
         (tmp_path / "metrics.json").write_text(json.dumps({"protocol": {"weights": said}}))
         with pytest.raises(ValueError, match=f"is of the weights {said}, not of these, EMA [0-9a-f]{{8}}; make it anew"):
             release.main(release_with)
+    (tmp_path / "metrics.json").write_text(json.dumps({"protocol": {}}))
+    with pytest.raises(ValueError, match="of an older evaluate.py, which did not say"):
+        release.main(release_with)
     assert (folder / "model.safetensors").read_bytes() == before
 
+    weights = {name: weight.clone() for name, weight in load_file(folder / "model.safetensors").items()}       # which maps the file
+    (folder / ".git").mkdir()                               # a clone of the Hub's repository
+    (folder / ".git/HEAD").write_text("ref")
+    (folder / "model.safetensors").write_bytes(b"old")
     calls = []
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda api, repo_id, exist_ok: calls.append(repo_id))
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", lambda api, repo_id, folder_path: calls.append((repo_id, folder_path)))
@@ -173,3 +184,9 @@ def test_release_keeps_what_is_there(results, folder, tmp_path, monkeypatch):
     assert calls == ["someone/digits", ("someone/digits", folder)]
     assert 'from_pretrained("someone/digits")' in (folder / "README.md").read_text()
     assert sorted(path.name for path in folder.parent.iterdir()) == ["digits"]
+    (folder.parent / "empty").mkdir()
+    release.main([run, str(folder.parent / "empty")])
+    assert (folder / ".git/HEAD").read_text() == "ref"
+    for place in (folder, folder.parent / "empty"):
+        again = load_file(place / "model.safetensors")
+        assert again.keys() == weights.keys() and all(torch.equal(again[name], weight) for name, weight in weights.items())

@@ -6,7 +6,6 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
 from PIL import Image
 from runs import COMMON, ROOT, STEPS, TEACHER, assert_same, make_images
 
@@ -153,50 +152,10 @@ def test_a_run_goes_on_with_the_images_it_began_with(tmp_path, monkeypatch):
     train_teacher.main(own)                                 # as runs of before say neither
 
 
-def test_one_process_trains_a_run(results, tmp_path, monkeypatch):
-    arguments = [*TEACHER, "--results-dir", str(tmp_path)]
-    monkeypatch.setattr(Run, "asked_to_stop", lambda self, step, stop: step == 3)
-    train_teacher_mnist.main(arguments)
-    monkeypatch.undo()
-    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.json*")}
-    with FileLock(tmp_path / "teacher-digits/.lock"), pytest.raises(ValueError, match="another process is training this run"):
-        train_teacher_mnist.main(arguments)
-    assert before == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.json*")}
-    train_teacher_mnist.main(arguments)
-    assert_same(results / "teacher-digits", tmp_path / "teacher-digits")
-
-
-def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch, capsys):
-    def acquire(self, timeout):
-        raise NotImplementedError("FileSystem does not appear to support flock")
-
-    monkeypatch.setattr(FileLock, "acquire", acquire)
-    train_teacher_mnist.main([*TEACHER, "--results-dir", str(tmp_path)])
-    assert "this file system has no locks" in capsys.readouterr().out
-
-
-def test_unknown_device():
-    with pytest.raises(ValueError, match="--device foo: must be auto, cuda, cuda:1"):
-        distributed.start("foo")
-
-
-def test_a_student_says_that_its_teacher_stopped_early(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(Run, "asked_to_stop", lambda self, step, stop: step == 3)
-    train_teacher_mnist.main([*TEACHER, "--results-dir", str(tmp_path)])
-    train_student_mnist.main([*COMMON, "--results-dir", str(tmp_path)])
-    assert "ema.safetensors; note: it stopped after 3 of 6 updates" in capsys.readouterr().out
-
-
-def test_student_goes_on_without_its_teachers_folder(tmp_path, results, monkeypatch):
-    """The run keeps a copy of its teacher, so a newer or vanished teacher run does not matter."""
-    train_teacher_mnist.main([*TEACHER, "--results-dir", str(tmp_path), "--name", "t"])
-    arguments = [*COMMON, "--results-dir", str(tmp_path)]
-    monkeypatch.setattr(Run, "asked_to_stop", lambda self, step, stop: step == 3)
-    train_student_mnist.main(arguments)
-    monkeypatch.undo()
-    (tmp_path / "t").rename(tmp_path.parent / f"{tmp_path.name}-moved")
-    train_student_mnist.main(arguments)
-    assert_same(results / "student-digits", tmp_path / "student-digits")
+@pytest.mark.parametrize("device", ["foo", "meta", "mps"])
+def test_unknown_device(device):
+    with pytest.raises(ValueError, match=f"--device {device}: must be auto, cuda, cuda:1"):
+        distributed.start(device)
 
 
 def test_sample(results, tmp_path, capsys):
@@ -212,6 +171,9 @@ def test_sample(results, tmp_path, capsys):
 
     with pytest.raises(ValueError, match="2step holds images already, which these would mix with"):
         sample.main([run, "--num-images", "4", "--num-steps", "2", "--formats", "png", "--out", str(tmp_path / "s"), "--device", "cpu"])
+
+    with pytest.raises(ValueError, match="2step.npz is there already, and is not overwritten"):
+        sample.main([run, "--num-images", "4", "--num-steps", "2", "--formats", "npz", "--out", str(tmp_path / "s"), "--device", "cpu"])
 
     sample.main([run, "--num-images", "20", "--formats", "grid", "npz", "--out", str(tmp_path / "t"), "--num-steps", "1",
                  "--batch-size", "7", "--device", "cpu"])
@@ -231,6 +193,24 @@ def test_sample(results, tmp_path, capsys):
     assert one["labels"].tolist() == [7, 7, 3, 3] and not np.array_equal(one["arr_0"], three["arr_0"])
 
 
+@pytest.mark.parametrize("formats", [["grid", "npz"], ["grid", "gif", "npz"]])
+def test_a_grid_of_many_images_shows_every_class(results, tmp_path, formats, monkeypatch):
+    """100 of them, at even distances, not the first 100."""
+    seen = {}
+    monkeypatch.setattr(sample, "save_grid", lambda path, x: seen.update(grid=x))
+    monkeypatch.setattr(sample, "save_gif", lambda path, states: seen.update(gif=states))
+    sample.main([str(results / "student-digits"), "--num-images", "230", "--num-steps", "2", "--formats", *formats, "--out", str(tmp_path),
+                 "--device", "cpu"])
+    arrays = np.load(tmp_path / "2step.npz")
+    few = np.arange(100) * 230 // 100
+    assert set(arrays["labels"][few]) == set(range(10))
+    shown = torch.from_numpy(arrays["arr_0"][few]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    torch.testing.assert_close(seen["grid"], shown)
+    if "gif" in formats:
+        assert len(seen["gif"]) == 3
+        torch.testing.assert_close(seen["gif"][-1].clamp(-1, 1), shown, rtol=0, atol=1 / 127)
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (["student-digits", "--guidance-scale", "2"], "guidance scale 2.0: this student has its guidance inside"),
     (["student-digits", "--guidance-interval", "0", "0.8"], "are a teacher's"),
@@ -244,6 +224,8 @@ def test_sample_errors(results, tmp_path, arguments, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         sample.main([str(results / arguments[0]), *arguments[1:], "--out", str(tmp_path / "x"), "--device", "cpu"])
     assert not (tmp_path / "x").exists()
+    with pytest.raises(ValueError, match="--guidance-scale nan: must be a number"):
+        sample.Config("x", guidance_scale=float("nan"))
 
 
 OWN = ["--image-size", "16", "--steps", "2", "--global-batch-size", "16", "--log-every", "1", "--comet", "off", "--device", "cpu"]

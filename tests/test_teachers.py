@@ -47,6 +47,12 @@ def test_a_finished_teacher_goes_before_a_newer_one_that_stopped(tmp_path):
     assert find_teacher(None, str(tmp_path), "photos", 32) == finished
 
 
+def test_released_teachers_are_of_the_named_data_sets_alone(tmp_path):
+    assert find_teacher(None, str(tmp_path), "mnist", 28).name == "teacher-mnist.safetensors"
+    with pytest.raises(ValueError, match="no teacher for --data clothes/mnist"):
+        find_teacher(None, str(tmp_path), "clothes/mnist", 28)
+
+
 def test_a_slash_at_the_end_means_the_same_images(tmp_path):
     make_images(tmp_path / "photos", ["cat", "dog"])
     assert RunConfig(data=f"{tmp_path}/photos/") == RunConfig(data=f"{tmp_path}/photos")
@@ -56,9 +62,12 @@ def test_a_slash_at_the_end_means_the_same_images(tmp_path):
 
 def test_classes_must_be_the_teachers_own_in_its_order():
     images = Images("photos", torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1]), ["cat", "dog"], False)
-    metadata = {"kind": "teacher", "architecture": {"preset": "DiT-Nano/4", "num_channels": 3, "image_size": 8, "num_classes": 2}}
+    metadata = {"kind": "teacher", "architecture": {"preset": "DiT-Nano/4", "num_channels": 3, "image_size": 8, "num_classes": 2},
+                "config": {}}
     check_teacher("t", {**metadata, "classes": ["cat", "dog"]}, images, None)
-    check_teacher("t", {**metadata, "classes": ["0", "1"]}, images, None)      # imported, its names unknown
+    check_teacher("t", {**metadata, "classes": ["0", "1"], "config": {"imported_from": "x.pt"}}, images, None)      # its names unknown
+    with pytest.raises(ValueError, match="--teacher t knows the classes 0, 1, in this order"):                      # digits, say
+        check_teacher("t", {**metadata, "classes": ["0", "1"]}, images, None)
     with pytest.raises(ValueError, match="--teacher t knows the classes dog, cat, in this order; --data photos has cat, dog"):
         check_teacher("t", {**metadata, "classes": ["dog", "cat"]}, images, None)
     check_teacher("t", {**metadata, "architecture": {**metadata["architecture"], "num_classes": 0}, "classes": []},

@@ -138,9 +138,15 @@ def step_folders(folder: Path) -> list[Path]:
 
 
 def is_finished(folder: Path, steps: int) -> bool:
-    """Whether the newest checkpoint of a run is that of its last update."""
+    """Whether the newest checkpoint of a run is that of its last update, and its EMA weights are whole."""
     folders = step_folders(folder)
-    return bool(folders) and folders[-1].name == f"step_{steps:08d}"
+    if not folders or folders[-1].name != f"step_{steps:08d}":
+        return False
+    try:
+        read_metadata(folders[-1] / "ema.safetensors")
+    except (FileNotFoundError, CheckpointError):            # the same command goes on from the one before, and says so
+        return False
+    return True
 
 
 def save_checkpoint(folder: Path, step: int, networks: Mapping[str, Mapping[str, Tensor]], training: dict[str, Any],
@@ -250,7 +256,8 @@ def resolve_weights(path: Path | str) -> Path:
 
 
 def start_from(network: nn.Module, path: Path | str) -> dict[str, Any]:
-    """Give a fresh network the EMA weights of another run, but where its classes or augmentation are others the embeddings of these.
+    """Give a fresh network the EMA weights of another run, but where its classes are fewer or more, or it is told its augmentation and
+    the other was not, the embeddings of these.
 
     A network that is told its guidance may start from one that is not, and from one that was told other scales; one with extra blocks, or
     with a share of its input, from one without.

@@ -26,6 +26,7 @@ class RunConfig:
     data: str = "mnist"                         # mnist, cifar10, digits, or the path of a folder or zip of images
     data_root: str = "data"                     # where mnist and cifar10 are, or are downloaded to
     image_size: int | None = None               # side in pixels, images are resized to it; None: the data set's own, 32 for a path
+    flip: bool | None = None                    # mirror half of the images, at random; None: not mnist and digits. False for letters, maps
     steps: int = 10_000                         # updates in all
     max_minutes: float | None = None            # save and stop after this long; the same command goes on later
     start_from: str | None = None               # weights to start from, of the same network: file, checkpoint or run folder; None: fresh
@@ -64,7 +65,7 @@ FREE_FIELDS = {"max_minutes", "device", "compile", "cuda_graph", "shard", "resul
                "keep", "eval_every", "classifier", "num_workers", "comet", "data_root", "autoencoder"}
 
 # What a run did before there was such a field.
-ADDED_LATER = {"augment": 0.0, "edge_weight": 0.0, "guidance_range": None, "extra_blocks": 0, "input_skip": False}
+ADDED_LATER = {"augment": 0.0, "edge_weight": 0.0, "guidance_range": None, "extra_blocks": 0, "input_skip": False, "flip": None}
 
 ConfigT = TypeVar("ConfigT")
 

@@ -183,12 +183,20 @@ class Batches:
 
     The data set is shuffled anew each epoch; an epoch's last images share a batch with the next one's first. Images live
     on the device if they take at most a quarter of its free memory, on the host otherwise.
+
+    Args:
+        flip: whether every other image, at random, is mirrored; None: as the images themselves say.
+
+    Raises:
+        ValueError: a batch does not divide among the processes; latents without mirror images are to be mirrored.
     """
 
-    def __init__(self, images: Images | Latents, global_batch_size: int, seed: int, ranks: Ranks):
+    def __init__(self, images: Images | Latents, global_batch_size: int, seed: int, ranks: Ranks, flip: bool | None = None):
+        if flip and images.autoencoder is not None and not images.flip:
+            raise ValueError(f"--flip True: {images.name} holds no mirror images' latents; make them with prepare_latents.py --flip True")
         if global_batch_size % ranks.world_size:
             raise ValueError(f"--global-batch-size {global_batch_size} is not divisible by {ranks.world_size} processes")
-        self.size, self.seed, self.ranks, self.flip = global_batch_size, seed, ranks, images.flip
+        self.size, self.seed, self.ranks, self.flip = global_batch_size, seed, ranks, images.flip if flip is None else flip
         fits = ranks.device.type != "cuda" or images.nbytes <= torch.cuda.mem_get_info(ranks.device)[0] / 4
         self.home = ranks.device if fits else torch.device("cpu")
         self.x, self.values, self.labels = images.x, images.on(self.home), images.labels.to(self.home)

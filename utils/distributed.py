@@ -70,6 +70,13 @@ class Ranks:
         """True if any rank says so. Waits for the device: call it where the loop waits anyway."""
         return bool(self.gather(torch.tensor([float(flag)], device=self.device)).any())
 
+    def check_same(self, what: str, number: float) -> None:
+        """Raise ValueError on every rank unless all of them have this number (whole ones exactly, up to 2^53)."""
+        numbers = self.gather(torch.tensor([number], dtype=torch.float64, device=self.device)).flatten().tolist()
+        if len(set(numbers)) > 1:
+            raise ValueError(f"{what} differs from process to process: {', '.join(f'{each:.0f}' for each in numbers)}. Every host needs "
+                             "the same images and teacher, and to go on must see the same --results-dir, in a folder that they share")
+
     def wait(self) -> None:
         """Return once every rank has come here."""
         if self.world_size > 1:
@@ -89,7 +96,9 @@ def start(device: str) -> Ranks:
     try:
         chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     except RuntimeError:
-        raise ValueError(f"--device {device}: must be auto, cuda, cuda:1, ..., or cpu") from None
+        chosen = torch.device("meta")
+    if chosen.type not in ("cuda", "cpu"):
+        raise ValueError(f"--device {device}: must be auto, cuda, cuda:1, ..., or cpu")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: this machine has no CUDA device; use --device cpu")
     if chosen.type == "cuda":

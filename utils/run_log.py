@@ -92,6 +92,9 @@ class Run:
             return
         other_name = "choose another --name, or move the folder away"
         if not file.exists():
+            left = {path.name for path in self.folder.iterdir() if not (path.is_dir() and not any(path.iterdir()))}
+            if left <= {".lock", f".{file.name}.writing"}:  # of a start that was cut off before it had written anything
+                return
             raise ValueError(f"{self.folder} exists and is no run folder; {other_name}")
         began = json.loads(file.read_text())
         unsaid = {"images": self.description["images"], "classes": self.description["classes"],
@@ -102,15 +105,21 @@ class Run:
         if is_finished(self.checkpoints, self.config.steps):
             raise ValueError(f"{self.folder} is finished at step {self.config.steps}; {other_name}")
 
-    def start(self, step: int, seconds: float) -> None:
+    def start(self, step: int, seconds: float, teacher_id: str = "0") -> None:
         """Open the folder; training goes on after `step` updates that took `seconds`.
 
         Metrics of later steps, from a start that was cut off before it saved them, are dropped: they come again.
 
+        Args:
+            teacher_id: a student's, `utils.checkpoints.weights_id`.
+
         Raises:
-            ValueError: another process is training this run.
+            ValueError: another process is training this run; the ranks would not go on from the same place.
         """
-        self.ranks.wait()                                   # every rank has checked before the main one writes
+        # Every rank has checked before the main one writes.
+        self.ranks.check_same("the number of updates done", step)
+        self.ranks.check_same("the teacher's weights (a hash)", int(teacher_id, 16))
+        self.ranks.check_same("the number of images", self.description["images"])
         if self.ranks.is_main:
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             try:
@@ -137,7 +146,7 @@ class Run:
     def keep_teacher(self, path: Path, metadata: dict[str, Any]) -> None:
         """Copy a student's teacher into the folder: the run goes on whatever becomes of the teacher's own folder."""
         copy = self.folder / "teacher.safetensors"
-        if self.ranks.is_main and not copy.exists():
+        if self.ranks.is_main and path != copy:             # one of a start that saved nothing may be there
             temporary = copy.with_name(f".{copy.name}.writing")
             shutil.copyfile(path, temporary)
             os.replace(temporary, copy)

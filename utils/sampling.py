@@ -6,6 +6,7 @@ near [-1, 1] and are not clipped.
 """
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 
 import torch
 from torch import Generator, Tensor
@@ -21,7 +22,7 @@ def time_grid(num_steps: int | Sequence[float]) -> list[float]:
     Raises:
         ValueError: fewer than one step, or times that do not fall strictly from 1 to 0.
     """
-    if isinstance(num_steps, int):
+    if isinstance(num_steps, Integral):
         if num_steps < 1:
             raise ValueError(f"the number of steps must be at least 1, not {num_steps}")
         return [1 - i / num_steps for i in range(num_steps)] + [0.0]

@@ -7,7 +7,7 @@ from typing import Any
 
 from utils.autoencoder import same_autoencoder
 from utils.checkpoints import CheckpointError, is_finished, read_metadata, resolve_weights, step_folders
-from utils.data import Images
+from utils.data import NAMES, Images
 from utils.latents import Latents
 
 RELEASED = Path(__file__).parent.parent / "checkpoints"
@@ -43,7 +43,7 @@ def find_teacher(teacher: str | None, results_dir: str, data: str, image_size: i
     if runs:
         return max(runs)[-1]
     released = RELEASED / f"teacher-{Path(data).stem}.safetensors"
-    if released.is_file():
+    if data in NAMES and released.is_file():
         return released
     script = "train_teacher_mnist.py" if data in ("mnist", "digits") else "train_teacher.py"
     raise ValueError(f"no teacher for --data {data} of size {image_size}: none in {results_dir}"
@@ -66,7 +66,8 @@ def check_teacher(path: Path, metadata: dict, images: Images | Latents, model: s
         raise ValueError("--teacher {} was trained on {} channels, size {}, {} classes; --data {} has {} channels, size {}, {} classes"
                          .format(path, *trained, images.name, *wanted))
     theirs = metadata["classes"]
-    if theirs != images.classes and theirs != [str(i) for i in range(len(theirs))]:      # numbers: imported without names
+    nameless = "imported_from" in metadata["config"] and theirs == [str(i) for i in range(len(theirs))]
+    if theirs != images.classes and not nameless:
         raise ValueError(f"--teacher {path} knows the classes {', '.join(theirs)}, in this order; --data {images.name} has "
                          f"{', '.join(images.classes)}")
     if not same_autoencoder(metadata.get("autoencoder"), images.autoencoder):

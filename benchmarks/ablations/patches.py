@@ -34,7 +34,6 @@ PATCHES: dict[str, Callable[[], None]] = {
     "own-leg-in-two": lambda: student_patches.own_leg_in_steps(2),
     "pin-data-end": student_patches.pin_data_end,
     "pin-chain": lambda: student_patches.pin_chain(0.3),
-    "whole-below-0.05": lambda: student_patches.whole_below(0.05),
     "whole-below-0.1": lambda: student_patches.whole_below(0.1),
     "soft-guidance": lambda: student_patches.soft_guidance(0.2),
     "mean-guidance": student_patches.mean_guidance,

@@ -1,0 +1,92 @@
+"""How a run begins and goes on: from which teacher, with whom, and over what an earlier start left."""
+
+import pytest
+import torch
+from filelock import FileLock
+from runs import COMMON, TEACHER, assert_same
+
+import train_student_mnist
+import train_teacher_mnist
+from utils import distributed
+from utils.checkpoints import read_metadata
+from utils.run_log import Run
+
+
+def test_one_process_trains_a_run(results, tmp_path, monkeypatch):
+    arguments = [*TEACHER, "--results-dir", str(tmp_path)]
+    monkeypatch.setattr(Run, "asked_to_stop", lambda self, step, stop: step == 3)
+    train_teacher_mnist.main(arguments)
+    monkeypatch.undo()
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.json*")}
+    with FileLock(tmp_path / "teacher-digits/.lock"), pytest.raises(ValueError, match="another process is training this run"):
+        train_teacher_mnist.main(arguments)
+    assert before == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.json*")}
+    train_teacher_mnist.main(arguments)
+    assert_same(results / "teacher-digits", tmp_path / "teacher-digits")
+
+
+def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch, capsys):
+    def acquire(self, timeout):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    train_teacher_mnist.main([*TEACHER, "--results-dir", str(tmp_path)])
+    assert "this file system has no locks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("other", [4, 2**32 - 1])
+def test_processes_that_would_not_go_on_together(tmp_path, monkeypatch, other):
+    """Hosts of which one does not see the checkpoints would average gradients of different networks."""
+    gather = distributed.Ranks.gather
+    monkeypatch.setattr(distributed.Ranks, "gather", lambda self, values: torch.cat([gather(self, values), values[None] + other]))
+    with pytest.raises(ValueError, match=f"the number of updates done differs from process to process: 0, {other}"):
+        train_teacher_mnist.main([*TEACHER, "--results-dir", str(tmp_path)])
+    assert not (tmp_path / "teacher-digits").exists()
+    ranks = distributed.Ranks(0, 1, torch.device("cpu"))
+    monkeypatch.undo()
+    ranks.check_same("x", other)
+
+
+def test_a_start_that_was_cut_off_before_it_wrote_anything(results, tmp_path):
+    (tmp_path / "teacher-digits/samples").mkdir(parents=True)
+    (tmp_path / "teacher-digits/.lock").touch()
+    train_teacher_mnist.main([*TEACHER, "--results-dir", str(tmp_path)])
+    assert_same(results / "teacher-digits", tmp_path / "teacher-digits")
+    (tmp_path / "student-digits").mkdir()
+    (tmp_path / "student-digits/notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="exists and is no run folder"):
+        train_student_mnist.main([*COMMON, "--results-dir", str(tmp_path)])
+
+
+def test_a_start_that_saved_nothing_may_find_a_better_teacher(tmp_path, results, monkeypatch, capsys):
+    train_teacher_mnist.main([*TEACHER, "--results-dir", str(tmp_path), "--name", "first", "--seed", "1"])
+    arguments = [*COMMON, "--results-dir", str(tmp_path)]
+    monkeypatch.setattr(Run, "scalars", lambda *args, **values: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train_student_mnist.main(arguments)
+    monkeypatch.undo()
+    train_teacher_mnist.main([*TEACHER, "--results-dir", str(tmp_path), "--name", "second"])
+    capsys.readouterr()
+    train_student_mnist.main(arguments)
+    assert "teacher " in (said := capsys.readouterr().out) and "second" in said
+    assert_same(results / "student-digits", tmp_path / "student-digits")
+    assert read_metadata(tmp_path / "student-digits/teacher.safetensors")["config"]["name"] == "second"
+
+
+def test_a_student_says_that_its_teacher_stopped_early(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Run, "asked_to_stop", lambda self, step, stop: step == 3)
+    train_teacher_mnist.main([*TEACHER, "--results-dir", str(tmp_path)])
+    train_student_mnist.main([*COMMON, "--results-dir", str(tmp_path)])
+    assert "ema.safetensors; note: it stopped after 3 of 6 updates" in capsys.readouterr().out
+
+
+def test_student_goes_on_without_its_teachers_folder(tmp_path, results, monkeypatch):
+    """The run keeps a copy of its teacher, so a newer or vanished teacher run does not matter."""
+    train_teacher_mnist.main([*TEACHER, "--results-dir", str(tmp_path), "--name", "t"])
+    arguments = [*COMMON, "--results-dir", str(tmp_path)]
+    monkeypatch.setattr(Run, "asked_to_stop", lambda self, step, stop: step == 3)
+    train_student_mnist.main(arguments)
+    monkeypatch.undo()
+    (tmp_path / "t").rename(tmp_path.parent / f"{tmp_path.name}-moved")
+    train_student_mnist.main(arguments)
+    assert_same(results / "student-digits", tmp_path / "student-digits")
