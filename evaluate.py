@@ -145,18 +145,21 @@ def find_own_teacher(checkpoint: str, teacher: str | None) -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
-def load_own_teacher(path: Path, architecture: dict[str, Any], metadata: dict[str, Any], ranks: Ranks) -> DiT | SiT:
-    """The network at `path`, checked to be a teacher's for a student of this architecture and metadata, with a note if it is another one.
+def load_own_teacher(path: Path, architecture: dict[str, Any], metadata: dict[str, Any], ranks: Ranks, given: bool) -> DiT | SiT | None:
+    """The network at `path`, if it is a teacher's for a student of this architecture and metadata; a note says if it is another one.
 
     Raises:
-        ValueError: it is no teacher, or of another size.
+        ValueError: it is no teacher, or of another size, and was given, not found; a found one is left out, with a note.
     """
     teacher, theirs = load_network(path, build_network, ranks.device)
-    if theirs["kind"] != "teacher":
-        raise ValueError(f"--teacher {path} is a {theirs['kind']}; the distance is that from a teacher")
-    for key in ("num_channels", "image_size", "num_classes"):
-        if teacher.architecture[key] != architecture[key]:
-            raise ValueError(f"--teacher {path} has {key} {teacher.architecture[key]}, the student {architecture[key]}")
+    wrong = [] if theirs["kind"] == "teacher" else [f"is a {theirs['kind']}; the distance is that from a teacher"]
+    wrong += [f"has {key} {theirs['architecture'].get(key)}, the student {architecture[key]}"
+              for key in ("num_channels", "image_size", "num_classes") if theirs["architecture"].get(key) != architecture[key]]
+    if wrong and given:
+        raise ValueError(f"--teacher {path} {wrong[0]}")
+    if wrong:
+        print(f"note: {path} {wrong[0]}: no distance from a teacher is told")
+        return None
     if metadata.get("teacher", weights_id(teacher)) != weights_id(teacher):
         print(f"note: {path} is teacher {weights_id(teacher)}; the student learnt from {metadata['teacher']}")
     return teacher
@@ -183,7 +186,7 @@ def free_folder(folder: Path, config: dict[str, Any]) -> Path:
     for i in itertools.count(1):
         numbered = folder if i == 1 else folder.with_name(f"{folder.name}-{i}")
         file = numbered / "metrics.json"
-        if not file.is_file() or json.loads(file.read_text())["config"] == config:
+        if not file.is_file() or json.loads(file.read_text()).get("config") == config:
             return numbered
 
 
@@ -204,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--teacher {cfg.teacher}: only a student has one, and {cfg.checkpoint} is a teacher")
     architecture = network.architecture
     own = find_own_teacher(cfg.checkpoint, cfg.teacher) if student else None
-    teacher = load_own_teacher(own, architecture, metadata, ranks) if own else None
+    teacher = load_own_teacher(own, architecture, metadata, ranks, given=cfg.teacher is not None) if own else None
     data = cfg.data or metadata["config"]["data"]
     if data is None:
         raise ValueError(f"{cfg.checkpoint} does not say what it was trained on; name the images with --data")

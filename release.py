@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{target}: {what}, {target.stat().st_size / 1e6:.1f} MB")
         return
 
-    if target.exists() and any(target.iterdir()) and not (target / "model.safetensors").is_file():
+    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / "model.safetensors").is_file()):
         raise ValueError(f"{target} is no model folder: not overwritten")
     places = {"ema.safetensors": source.parent.parent.parent, "best.safetensors": source.parent}       # run/checkpoints/step_X/ema...
     run = places.get(source.name, source.with_suffix(""))
@@ -68,8 +68,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     (temporary / "README.md").write_text(card)
     save_model_folder(temporary, network.bfloat16(), metadata)
     target.mkdir(exist_ok=True)
-    for file in sorted(temporary.iterdir(), reverse=True):              # whatever else is there, a repository's .git say, stays
-        os.replace(file, target / file.name)
+    names = sorted((file.name for file in temporary.iterdir()), reverse=True)       # whatever else is there, a repository's .git say, stays
+    for name in names:
+        os.replace(temporary / name, target / name)
     temporary.rmdir()
     print(f"{target}: {what}, {(target / 'model.safetensors').stat().st_size / 1e6:.1f} MB")
     if cfg.push:
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         api = HfApi()
         api.create_repo(cfg.push, exist_ok=True)
-        print(api.upload_folder(repo_id=cfg.push, folder_path=target))
+        print(api.upload_folder(repo_id=cfg.push, folder_path=target, allow_patterns=names))
 
 
 if __name__ == "__main__":

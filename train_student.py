@@ -22,7 +22,7 @@ from torch.nn.utils import clip_grad_norm_
 from models import Classifier, build_network, student_from_teacher
 from utils import distributed, recipes
 from utils.autoencoder import load_autoencoder
-from utils.checkpoints import load_network, read_latest, start_from, step_folders, weights_id
+from utils.checkpoints import load_network, start_from, step_folders, weights_id
 from utils.config import RunConfig, check_interval, check_law, parse_config, require, to_dict
 from utils.data import Batches, check_guidance, load_data
 from utils.evaluation import QuickEvaluation
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = Run(cfg, "student", ranks, images)
     kept = run.folder / "teacher.safetensors"
     goes_on = kept.exists() and bool(step_folders(run.checkpoints))
-    path = kept if goes_on else find_teacher(cfg.teacher, cfg.results_dir, cfg.data, images.shape[-1])
+    path = kept if goes_on else find_teacher(cfg.teacher, cfg.results_dir, cfg.data, images.shape[-1], kept)
     teacher, teacher_metadata = load_network(path, build_network, device)
     check_teacher(path, teacher_metadata, images, cfg.model)
     torch.manual_seed(fold(cfg.seed, "weights"))            # alike on every rank
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Go on where an earlier start of the same run stopped.
     networks = {"ema": ema.module, "raw": student, **({"target": target_ema.module} if target_ema else {})}
     done, seconds = 0, 0.0
-    if latest := read_latest(run.checkpoints, tuple(networks), run.note):
+    if latest := run.latest(tuple(networks), teacher_id):
         weights, training = latest
         for name, network in networks.items():
             load_weights(network, weights[name])
@@ -171,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sample_y = sample_labels(len(images.classes)).to(device)
     sample_z = torch.randn(len(sample_y), *images.shape, generator=generator(device, cfg.seed, "samples"), device=device)
     meter = Meter(["loss", "boundary", "splitting", "grad_norm"], ranks)
-    run.start(done, seconds, teacher_id)
+    run.start(done, seconds)
     run.keep_teacher(path, teacher_metadata)
 
     with StopRequest() as stop, run:

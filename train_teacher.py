@@ -23,7 +23,7 @@ from models import PRESETS, Classifier, DiT
 from utils import distributed, recipes
 from utils.augmentation import AUGMENT_DIM, augment, check_augment, draw_augment_labels
 from utils.autoencoder import load_autoencoder
-from utils.checkpoints import read_latest, start_from, step_folders
+from utils.checkpoints import start_from, step_folders
 from utils.config import RunConfig, check_law, parse_config, require, to_dict
 from utils.data import Batches, check_guidance, load_data
 from utils.evaluation import QuickEvaluation
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Go on where an earlier start of the same run stopped.
     networks = {"ema": ema.module, "raw": network}
     done, seconds = 0, 0.0
-    if latest := read_latest(run.checkpoints, tuple(networks), run.note):
+    if latest := run.latest(tuple(networks)):
         weights, training = latest
         for name in networks:
             load_weights(networks[name], weights[name])

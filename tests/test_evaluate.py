@@ -82,6 +82,9 @@ def test_a_teacher_is_checked_before_work_starts(folder, capsys):
                                          ("teacher-digits", "other", "only a student has one")):
         with pytest.raises(ValueError, match=message):
             run(folder, f"{checkpoint}.safetensors", "--teacher", str(folder / f"{teacher}.safetensors"))
+    (folder / "larger.safetensors").rename(folder / "teacher-knows.safetensors")         # found by its name, and left out
+    found = run(folder, "student-knows.safetensors", "--num-steps", "1")
+    assert "teacher_distance" not in found["rows"][0] and "has image_size 16, the student 8: no distance" in capsys.readouterr().out
     run(folder, "student-knows.safetensors", "--num-steps", "1", "--teacher", str(folder / "other.safetensors"))
     assert "the student learnt from 01234567" in capsys.readouterr().out
 

@@ -179,9 +179,12 @@ def test_release_keeps_what_is_there(results, folder, tmp_path, monkeypatch):
     (folder / "model.safetensors").write_bytes(b"old")
     calls = []
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda api, repo_id, exist_ok: calls.append(repo_id))
-    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", lambda api, repo_id, folder_path: calls.append((repo_id, folder_path)))
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", lambda api, repo_id, folder_path, allow_patterns: calls.append(
+        (repo_id, folder_path, sorted(allow_patterns))))
     release.main([run, str(folder), "--replace", "True", "--push", "someone/digits"])
-    assert calls == ["someone/digits", ("someone/digits", folder)]
+    assert calls == ["someone/digits", ("someone/digits", folder, ["README.md", "config.json", "model.safetensors"])]
+    with pytest.raises(ValueError, match="is no model folder: not overwritten"):
+        release.main([run, str(tmp_path / "photos/mine.txt"), "--replace", "True"])
     assert 'from_pretrained("someone/digits")' in (folder / "README.md").read_text()
     assert sorted(path.name for path in folder.parent.iterdir()) == ["digits"]
     (folder.parent / "empty").mkdir()

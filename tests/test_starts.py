@@ -34,17 +34,20 @@ def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch, capsys):
     assert "this file system has no locks" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("other", [4, 2**32 - 1])
-def test_processes_that_would_not_go_on_together(tmp_path, monkeypatch, other):
-    """Hosts of which one does not see the checkpoints would average gradients of different networks."""
-    gather = distributed.Ranks.gather
-    monkeypatch.setattr(distributed.Ranks, "gather", lambda self, values: torch.cat([gather(self, values), values[None] + other]))
-    with pytest.raises(ValueError, match=f"the number of updates done differs from process to process: 0, {other}"):
+@pytest.mark.parametrize(("what", "shown"), [("the number of updates done", "0, 255"), ("the hash of the teacher's weights", "0, ff"),
+                                            ("the number of images", "1797, 2052")])
+def test_processes_that_would_not_go_on_together(tmp_path, monkeypatch, what, shown):
+    """Hosts of which one does not see the checkpoints, say, would average gradients of different networks."""
+    def check_same(self, name, *number):
+        if name == what:
+            monkeypatch.setattr(distributed.Ranks, "gather", lambda self, values: torch.stack([values, values + 255]))
+        plain(self, name, *number)
+
+    plain = distributed.Ranks.check_same
+    monkeypatch.setattr(distributed.Ranks, "check_same", check_same)
+    with pytest.raises(ValueError, match=f"{what} differs from process to process: {shown}. Every host needs"):
         train_teacher_mnist.main([*TEACHER, "--results-dir", str(tmp_path)])
     assert not (tmp_path / "teacher-digits").exists()
-    ranks = distributed.Ranks(0, 1, torch.device("cpu"))
-    monkeypatch.undo()
-    ranks.check_same("x", other)
 
 
 def test_a_start_that_was_cut_off_before_it_wrote_anything(results, tmp_path):
@@ -64,6 +67,11 @@ def test_a_start_that_saved_nothing_may_find_a_better_teacher(tmp_path, results,
     monkeypatch.setattr(Run, "scalars", lambda *args, **values: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train_student_mnist.main(arguments)
+    monkeypatch.undo()
+    (tmp_path / "first").rename(tmp_path.parent / f"{tmp_path.name}-first")
+    with pytest.raises(ZeroDivisionError):
+        monkeypatch.setattr(Run, "scalars", lambda *args, **values: 1 / 0)
+        train_student_mnist.main(arguments)                 # from its own copy
     monkeypatch.undo()
     train_teacher_mnist.main([*TEACHER, "--results-dir", str(tmp_path), "--name", "second"])
     capsys.readouterr()

@@ -70,12 +70,13 @@ class Ranks:
         """True if any rank says so. Waits for the device: call it where the loop waits anyway."""
         return bool(self.gather(torch.tensor([float(flag)], device=self.device)).any())
 
-    def check_same(self, what: str, number: float) -> None:
-        """Raise ValueError on every rank unless all of them have this number (whole ones exactly, up to 2^53)."""
+    def check_same(self, what: str, number: int, form: str = "d") -> None:
+        """Raise ValueError on every rank unless all of them have this number, below 2^53; form: how to print it."""
         numbers = self.gather(torch.tensor([number], dtype=torch.float64, device=self.device)).flatten().tolist()
         if len(set(numbers)) > 1:
-            raise ValueError(f"{what} differs from process to process: {', '.join(f'{each:.0f}' for each in numbers)}. Every host needs "
-                             "the same images and teacher, and to go on must see the same --results-dir, in a folder that they share")
+            shown = ", ".join(f"{int(each):{form}}" for each in numbers)
+            raise ValueError(f"{what} differs from process to process: {shown}. Every host needs the same images and teacher, and to go on "
+                             "must see the same --results-dir, in a folder that they share")
 
     def wait(self) -> None:
         """Return once every rank has come here."""

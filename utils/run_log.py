@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils import distributed
-from utils.checkpoints import is_finished, read_metadata, save_checkpoint, write_weights
+from utils.checkpoints import is_finished, read_latest, read_metadata, save_checkpoint, write_weights
 from utils.config import ADDED_LATER, differences, to_dict
 from utils.data import Images
 from utils.distributed import Ranks
@@ -93,7 +93,7 @@ class Run:
         other_name = "choose another --name, or move the folder away"
         if not file.exists():
             left = {path.name for path in self.folder.iterdir() if not (path.is_dir() and not any(path.iterdir()))}
-            if left <= {".lock", f".{file.name}.writing"}:  # of a start that was cut off before it had written anything
+            if left <= {".lock", "log.txt", f".{file.name}.writing"}:  # of a start that was cut off before it had written anything
                 return
             raise ValueError(f"{self.folder} exists and is no run folder; {other_name}")
         began = json.loads(file.read_text())
@@ -105,21 +105,31 @@ class Run:
         if is_finished(self.checkpoints, self.config.steps):
             raise ValueError(f"{self.folder} is finished at step {self.config.steps}; {other_name}")
 
-    def start(self, step: int, seconds: float, teacher_id: str = "0") -> None:
+    def latest(self, names: Sequence[str], teacher_id: str = "0") -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
+        """The newest good checkpoint, see `utils.checkpoints.read_latest`; every rank reads it.
+
+        Args:
+            names: of its networks. teacher_id: `utils.checkpoints.weights_id` of a student's teacher.
+
+        Raises:
+            CheckpointError: none is good.
+            ValueError: the ranks would not go on from the same place.
+        """
+        found = read_latest(self.checkpoints, names, self.note)
+        self.ranks.check_same("the number of updates done", found[1]["step"] if found else 0)
+        self.ranks.check_same("the hash of the teacher's weights", int(teacher_id, 16), "x")
+        self.ranks.check_same("the number of images", self.description["images"])
+        return found
+
+    def start(self, step: int, seconds: float) -> None:
         """Open the folder; training goes on after `step` updates that took `seconds`.
 
         Metrics of later steps, from a start that was cut off before it saved them, are dropped: they come again.
 
-        Args:
-            teacher_id: a student's, `utils.checkpoints.weights_id`.
-
         Raises:
-            ValueError: another process is training this run; the ranks would not go on from the same place.
+            ValueError: another process is training this run.
         """
-        # Every rank has checked before the main one writes.
-        self.ranks.check_same("the number of updates done", step)
-        self.ranks.check_same("the teacher's weights (a hash)", int(teacher_id, 16))
-        self.ranks.check_same("the number of images", self.description["images"])
+        self.ranks.wait()                                   # every rank has checked before the main one writes
         if self.ranks.is_main:
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             try:

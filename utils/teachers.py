@@ -13,12 +13,13 @@ from utils.latents import Latents
 RELEASED = Path(__file__).parent.parent / "checkpoints"
 
 
-def find_teacher(teacher: str | None, results_dir: str, data: str, image_size: int) -> Path:
+def find_teacher(teacher: str | None, results_dir: str, data: str, image_size: int, kept: Path | None = None) -> Path:
     """The file of a teacher's EMA weights.
 
     Args:
         teacher: a file, checkpoint folder or run folder; None for the newest teacher run in `results_dir` on the same data
-            and size, a finished one if there is any, else the released one.
+            and size, a finished one if there is any, else `kept`, else the released one.
+        kept: where an earlier start of the run, which saved nothing, may have left a copy of its teacher.
 
     Raises:
         FileNotFoundError, CheckpointError: `teacher` is given and is none.
@@ -42,14 +43,16 @@ def find_teacher(teacher: str | None, results_dir: str, data: str, image_size: i
             sizes.append(f"{file.parent} has size {size}")
     if runs:
         return max(runs)[-1]
+    if kept and kept.is_file():
+        return kept
     released = RELEASED / f"teacher-{Path(data).stem}.safetensors"
     if data in NAMES and released.is_file():
         return released
     script = "train_teacher_mnist.py" if data in ("mnist", "digits") else "train_teacher.py"
     raise ValueError(f"no teacher for --data {data} of size {image_size}: none in {results_dir}"
                      + (f" ({', '.join(sorted(sizes))}: say so with --image-size)" if sizes else "")
-                     + f", none released ({released}). Run python {script} --data {data}, with the --image-size of this command if it has "
-                     "one, or name a teacher with --teacher")
+                     + f", none released{f' ({released})' if data in NAMES else ''}. Run python {script} --data {data}, with the "
+                     "--image-size of this command if it has one, or name a teacher with --teacher")
 
 
 def check_teacher(path: Path, metadata: dict, images: Images | Latents, model: str | None) -> None:
