@@ -160,8 +160,9 @@ def load_own_teacher(path: Path, architecture: dict[str, Any], metadata: dict[st
     if wrong:
         print(f"note: {path} {wrong[0]}: no distance from a teacher is told")
         return None
-    if metadata.get("teacher", weights_id(teacher)) != weights_id(teacher):
-        print(f"note: {path} is teacher {weights_id(teacher)}; the student learnt from {metadata['teacher']}")
+    found = weights_id(teacher)
+    if metadata.get("teacher", found) != found:
+        print(f"note: {path} is teacher {found}; the student learnt from {metadata['teacher']}")
     return teacher
 
 

@@ -39,7 +39,8 @@ class Config:
 def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse_config(Config, argv, __doc__)
     target = Path(cfg.target)
-    if (target.is_file() or (target.is_dir() and any(target.iterdir()))) and not cfg.replace:
+    filled = target.is_file() or (target.is_dir() and any(target.iterdir()))
+    if filled and not cfg.replace:
         raise ValueError(f"{target} exists; use --replace True to overwrite it")
     source = resolve_weights(cfg.source)
     weights, metadata = read_weights(source)
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{target}: {what}, {target.stat().st_size / 1e6:.1f} MB")
         return
 
-    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / "model.safetensors").is_file()):
+    if filled and not (target / "model.safetensors").is_file():
         raise ValueError(f"{target} is no model folder: not overwritten")
     places = {"ema.safetensors": source.parent.parent.parent, "best.safetensors": source.parent}       # run/checkpoints/step_X/ema...
     run = places.get(source.name, source.with_suffix(""))

@@ -1,6 +1,9 @@
+from pathlib import Path
+
 import pytest
 import torch
 from runs import COMMON, TEACHER
+from saved import save
 
 import train_student_mnist
 import train_teacher_mnist
@@ -32,3 +35,11 @@ def undo(monkeypatch):
 
     for module in (patches, network_patches, speed_patches, student_patches):
         monkeypatch.setattr(module, "change", change)
+
+
+@pytest.fixture
+def three(tmp_path) -> Path:
+    """A folder with the checkpoints of steps 1, 2 and 3."""
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    return tmp_path

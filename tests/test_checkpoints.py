@@ -1,57 +1,17 @@
 import os
 import pickle
-import re
 import shutil
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import save_file
+from saved import NAMES, NETWORKS, killed_while_writing, same, save, truncate
 
-from models import DiT
-from utils.checkpoints import (
-    CheckpointError,
-    is_finished,
-    load_network,
-    read_latest,
-    resolve_weights,
-    save_checkpoint,
-    step_folders,
-)
+from utils.checkpoints import CheckpointError, is_finished, read_latest, resolve_weights, step_folders
 
-NAMES = ("ema", "raw")
 FULL = OSError(28, "No space left on device")
-
-
-ARCHITECTURE = dict(in_features=64, out_features=64)
-NETWORKS = {name: nn.Linear(**ARCHITECTURE) for name in NAMES}              # small: most tests are about files
-
-
-def training(step: int) -> dict:
-    return {"optimizer": {"state": {0: {"momentum": torch.full((3,), float(step))}}, "lr": 0.1}, "seconds": 1.5}
-
-
-def weights_of(networks: dict[str, nn.Module]) -> dict:
-    return {name: network.state_dict() for name, network in networks.items()}
-
-
-def save(folder: Path, step: int, keep: int = 9) -> Path:
-    return save_checkpoint(folder, step, weights_of(NETWORKS), training(step), dict(kind="teacher", architecture=ARCHITECTURE), keep)
-
-
-@pytest.fixture
-def three(tmp_path) -> Path:
-    """A folder with the checkpoints of steps 1, 2 and 3."""
-    for step in (1, 2, 3):
-        save(tmp_path, step)
-    return tmp_path
-
-
-def same(weights: dict, others: dict) -> bool:
-    return weights.keys() == others.keys() and all(torch.equal(weights[key], others[key]) for key in weights)
 
 
 def names(folder: Path) -> list[str]:
@@ -62,33 +22,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def truncate(path: Path, size: int) -> None:
-    path.write_bytes(path.read_bytes()[:size])
-
-
 def no_warning(text: str) -> None:
     raise AssertionError(f"warned: {text}")
 
 
 # Round trip.
-
-@pytest.mark.parametrize("name", NAMES)
-def test_one_file_rebuilds_the_network(tmp_path, name):
-    networks = {"ema": DiT("DiT-Nano/8", 8, 1, 3), "raw": DiT("DiT-Nano/8", 8, 1, 3, interval=True, modulation_rank=5)}
-    for weight in (weight for network in networks.values() for weight in network.parameters()):
-        nn.init.normal_(weight)                             # no two alike: none can be lost or exchanged unseen
-    metadata = dict(kind="teacher", architecture=networks[name].architecture, classes=["a", "b", "ü"],
-                    config={"steps": 10, "guidance_scale": [1.0, 2.5], "name": None})
-    path = save_checkpoint(tmp_path, 7, weights_of(networks), training(7), metadata, keep=1)
-    loaded, found = load_network(path / f"{name}.safetensors", DiT)
-    assert same(loaded.state_dict(), networks[name].state_dict())
-    assert found == {**metadata, "step": 7, "weights": name}
-
-
-def test_loaded_network_is_for_use_not_for_training(tmp_path):
-    loaded, _ = load_network(save(tmp_path, 7), nn.Linear)
-    assert not loaded.training and not any(weight.requires_grad for weight in loaded.parameters())
-
 
 def test_read_latest_returns_what_was_saved(three):
     weights, found = read_latest(three, NAMES, no_warning)
@@ -117,15 +55,6 @@ def test_saving_a_step_again_replaces_it(tmp_path):
 
 
 # Crashes while writing.
-
-def killed_while_writing(folder: Path, step: int) -> Path:
-    """What a process that was killed in the middle of a save leaves behind."""
-    leftover = folder / f".step_{step:08d}.writing"
-    leftover.mkdir()
-    (leftover / "ema.safetensors").write_bytes((folder / "step_00000003/ema.safetensors").read_bytes())
-    (leftover / ".raw.safetensors.writing").write_bytes(b"half")
-    return leftover
-
 
 def test_killed_process_leaves_the_earlier_checkpoint(three):
     killed_while_writing(three, 9)
@@ -271,56 +200,6 @@ def test_run_goes_on_over_a_bad_one(three):
         assert read_latest(three, NAMES, no_warning)[1]["step"] == 3
 
 
-# Loading by path.
-
-@pytest.mark.parametrize("size", [0, 6, 10_000, -1])
-def test_torn_file_offers_the_previous_one(three, size):
-    torn = three / "step_00000003/ema.safetensors"
-    truncate(torn, size)
-    previous = three / "step_00000002"
-    with pytest.raises(CheckpointError, match=f"{re.escape(str(torn))} is torn.*previous one is {re.escape(str(previous))}$"):
-        load_network(three, nn.Linear)
-    assert load_network(previous, nn.Linear)[1]["step"] == 2
-
-
-def test_torn_first_file_offers_none(three):
-    torn = three / "step_00000001/ema.safetensors"
-    truncate(torn, 100)
-    with pytest.raises(CheckpointError, match="is torn") as raised:
-        load_network(torn, nn.Linear)
-    assert "previous" not in str(raised.value)
-
-
-def test_foreign_safetensors_is_refused(three):
-    foreign = three / "foreign.safetensors"
-    save_file(load_file(three / "step_00000003/ema.safetensors"), foreign)      # the right weights, no metadata
-    with pytest.raises(CheckpointError, match="foreign.safetensors is no checkpoint of this project"):
-        load_network(foreign, nn.Linear)
-
-
-def test_no_safetensors_at_all(tmp_path):
-    (tmp_path / "model.pt").write_text("no checkpoint")
-    with pytest.raises(CheckpointError, match="model.pt is torn or no safetensors"):
-        load_network(tmp_path / "model.pt", nn.Linear)
-
-
-def test_weights_must_fit_strictly(three):
-    """A network that lacks one of the file's weights is refused."""
-    with pytest.raises(RuntimeError, match="Unexpected key.*bias"):
-        load_network(three, partial(nn.Linear, bias=False))
-
-
-def test_resolve_weights(tmp_path):
-    for step in (1, 2):
-        save(tmp_path / "run/checkpoints", step)
-    first, newest = (tmp_path / f"run/checkpoints/step_0000000{step}/ema.safetensors" for step in (1, 2))
-    assert resolve_weights(first) == first                                      # a file
-    assert resolve_weights(str(first.parent)) == first                          # a checkpoint folder
-    assert resolve_weights(first.with_name("raw.safetensors")) == first.with_name("raw.safetensors")
-    assert resolve_weights(tmp_path / "run") == newest                          # a run folder
-    assert resolve_weights(tmp_path / "run/checkpoints") == newest
-
-
 def test_bad_ones_of_the_same_step_are_all_kept(three):
     first = contents(shutil.copytree(three / "step_00000001", three / "step_00000003.bad"))
     harm(three / "step_00000003", "ema.safetensors foreign")
@@ -333,20 +212,3 @@ def test_another_rank_may_set_it_aside_first(three):
     harm(three / "step_00000003", "ema.safetensors foreign")
     _, found = read_latest(three, NAMES, lambda text: (three / "step_00000003").rename(three / "step_00000003.bad"))
     assert found["step"] == 2 and names(three) == ["step_00000001", "step_00000002", "step_00000003.bad"]
-
-
-def test_resolve_weights_passes_over_bad_and_unfinished_ones(three):
-    shutil.copytree(three / "step_00000003", three / "step_00000004.bad")
-    killed_while_writing(three, 9)
-    assert resolve_weights(three) == three / "step_00000003/ema.safetensors"
-    assert [path.name for path in step_folders(three)] == ["step_00000001", "step_00000002", "step_00000003"]
-
-
-def test_resolve_weights_of_an_empty_folder(tmp_path):
-    with pytest.raises(CheckpointError, match=f"{re.escape(str(tmp_path))} holds no checkpoint"):
-        resolve_weights(tmp_path)
-
-
-def test_resolve_weights_of_nothing(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no checkpoint at .*none"):
-        resolve_weights(tmp_path / "none")

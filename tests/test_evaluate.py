@@ -1,11 +1,10 @@
-"""evaluate.py and its parts, on the digits inside scikit-learn."""
+"""evaluate.py, on the digits inside scikit-learn."""
 
 import json
 from dataclasses import replace
 
 import pytest
 import torch
-from threadpoolctl import threadpool_info
 
 import evaluate
 import release
@@ -15,10 +14,10 @@ import train_teacher_mnist
 from benchmarks import perfect_student, sensitivity
 from evaluate import free_folder
 from models import Classifier, DiT, student_from_teacher
-from utils import distributed, evaluation, metrics, report
+from utils import distributed
 from utils.checkpoints import read_weights, write_weights
-from utils.data import load_held_out, load_images
-from utils.evaluation import Judge, classifier_judge, fingerprint, reference_features, residual_map, shuffled, summary
+from utils.data import load_images
+from utils.evaluation import classifier_judge
 
 
 @pytest.fixture(scope="module")
@@ -126,20 +125,6 @@ def test_an_error_while_comparing_ends_it(folder, monkeypatch):
     with pytest.raises(ValueError, match="not all finite"):
         run(folder, "student-digits.safetensors", "--num-steps", "1")
     assert not (folder / "out" / "metrics.json").exists()
-
-
-def test_comparing_takes_few_threads(monkeypatch):
-    """And gives the others back."""
-    def threads() -> list[int]:
-        return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
-
-    seen, distance = [], metrics.frechet_distance
-    monkeypatch.setattr(metrics, "frechet_distance", lambda *features: (seen.extend(threads()), distance(*features))[1])
-    monkeypatch.setattr(evaluation, "BLAS_THREADS", 1)
-    before, draw = threads(), torch.Generator().manual_seed(0)
-    some = metrics.Features(torch.randn(100, 4, generator=draw), torch.randn(100, 2, generator=draw))
-    found = evaluation.compare(Judge("judge", None, True), some, torch.zeros(100).long(), some)
-    assert set(seen) == {1} and threads() == before and found["frechet_distance"] == pytest.approx(0, abs=1e-6)
 
 
 def test_teacher_rows_count_guided_evaluations_twice(folder):
@@ -251,50 +236,6 @@ def test_damage_is_seen_by_the_metric_that_should(folder, capsys):
     assert copied["near copies"] > 5 * real["near copies"] and copied["FD"] < 1.5 * real["FD"]
 
 
-def test_held_out_images_are_not_in_the_training_split():
-    images, held_out = load_held_out(load_images("digits"), None)
-    assert len(images) + len(held_out) == 1797 and len(held_out) == 179
-    everything = torch.cat([images.pixels, held_out.pixels]).flatten(1).float().sum()
-    assert everything == load_images("digits").pixels.float().sum()
-
-
-def test_features_are_kept_under_the_names_of_judge_and_images(tmp_path):
-    calls = []
-
-    def see(pixels):
-        calls.append(len(pixels))
-        return pixels.flatten(1).float(), pixels.flatten(1).float()
-
-    pixels, _ = shuffled(load_images("digits"))
-    for judge in (Judge("a", see, False), Judge("a", see, False), Judge("b", see, False)):
-        features = reference_features(judge, pixels[:700], tmp_path)
-        assert torch.equal(features.features, pixels[:700].flatten(1).float())
-    assert calls == [500, 200, 500, 200]                        # the second time from the file, the third is another judge
-    reference_features(Judge("a", see, False), pixels[:600], tmp_path)
-    assert calls[4:] == [500, 100]
-
-
-def test_residual_map_vanishes_for_a_consistent_flow_only():
-    y = torch.zeros(4, dtype=torch.long)
-    eps = torch.randn(4, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    consistent = residual_map(lambda z, r, t, y: torch.ones_like(z), lambda t: eps, y, 4)
-    assert consistent.isnan().sum() == 6 and consistent[~consistent.isnan()].max() < 1e-12
-    wrong = residual_map(lambda z, r, t, y: z * (t - r).view(-1, 1, 1, 1), lambda t: eps, y, 4)
-    assert wrong[3, 0] > wrong[0, 0] > 0
-
-
-def test_summary():
-    result = summary([{"a": 1.0}, {"a": 3.0}])
-    assert result == {"a": {"mean": 2.0, "std": pytest.approx(2**0.5)}} and summary([{"a": 1.0}])["a"]["std"] is None
-
-
-def test_fingerprint_sees_one_bit():
-    a = torch.zeros(8)
-    b = a.clone()
-    b[7] = 1e-45
-    assert fingerprint(a) != fingerprint(b) and fingerprint(a) == fingerprint(a.clone()) and len(fingerprint(a)) == 8
-
-
 def test_training_evaluates_on_its_way_and_keeps_the_best(folder, tmp_path):
     """Evaluation changes nothing of the training, and a run that goes on does not repeat its lines."""
     def train(name, *flags):
@@ -316,14 +257,6 @@ def test_training_evaluates_on_its_way_and_keeps_the_best(folder, tmp_path):
     assert not (tmp_path / "plain" / "best.safetensors").exists()
 
 
-def test_evaluating_on_the_way_needs_more_images_than_features(monkeypatch, tmp_path):
-    """Said before training, not at its first evaluation."""
-    judge = Judge("wide", lambda pixels: (torch.zeros(len(pixels), 2000), torch.zeros(len(pixels), 10)), knows_classes=True)
-    monkeypatch.setattr(evaluation, "classifier_judge", lambda *_: judge)
-    with pytest.raises(ValueError, match="--eval-every: 1797 images are too few for a distance of 2000 features"):
-        evaluation.QuickEvaluation(None, Classifier, load_images("digits"), distributed.start("cpu"), str(tmp_path))
-
-
 def test_training_without_its_judge_stops_before_it_starts(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="train_classifier.py --data digits"):
         train_teacher_mnist.main(["--data", "digits", "--results-dir", str(tmp_path), "--eval-every", "5", "--device", "cpu"])
@@ -338,17 +271,3 @@ def test_results_are_named_after_their_run(tmp_path):
     assert evaluate.label(run / "best.safetensors") == "student-photos-best"
     assert evaluate.label(run / "checkpoints/step_00000100/ema.safetensors") == "student-photos-step_00000100-ema"
     assert evaluate.label(run / "checkpoints/step_00000100") == "student-photos-step_00000100"
-
-
-@pytest.mark.parametrize("distances", [(0.046, 0.041), (0.22, 0.15), (3.0, 0.05)])
-def test_the_plot_has_its_numbers(distances, tmp_path, monkeypatch):
-    """Both axes are labelled, also where all distances lie within one decade."""
-    plt = report.pyplot()
-    monkeypatch.setattr(plt, "close", lambda figure: None)
-    rows = [{"evaluations": n, "frechet_distance": {"mean": mean, "std": 0.001}} for n, mean in zip((1, 4), distances)]
-    report.save_plot(tmp_path / "plot.png", rows, {"frechet_distance": 0.03})
-    axis = plt.gca()
-    inside = [label.get_text() for label in axis.get_yticklabels() if axis.get_ylim()[0] <= label.get_position()[1] <= axis.get_ylim()[1]]
-    assert [label.get_text() for label in axis.get_xticklabels()] == ["1", "4"] and len([text for text in inside if text]) >= 2
-    monkeypatch.undo()
-    plt.close(axis.figure)

@@ -71,10 +71,10 @@ class Ranks:
         return bool(self.gather(torch.tensor([float(flag)], device=self.device)).any())
 
     def check_same(self, what: str, number: int, form: str = "d") -> None:
-        """Raise ValueError on every rank unless all of them have this number, below 2^53; form: how to print it."""
-        numbers = self.gather(torch.tensor([number], dtype=torch.float64, device=self.device)).flatten().tolist()
+        """Raise ValueError on every rank unless all of them have this number; form: how to print it."""
+        numbers = self.gather(torch.tensor([number], device=self.device)).flatten().tolist()
         if len(set(numbers)) > 1:
-            shown = ", ".join(f"{int(each):{form}}" for each in numbers)
+            shown = ", ".join(f"{each:{form}}" for each in numbers)
             raise ValueError(f"{what} differs from process to process: {shown}. Every host needs the same images and teacher, and to go on "
                              "must see the same --results-dir, in a folder that they share")
 
@@ -97,8 +97,8 @@ def start(device: str) -> Ranks:
     try:
         chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     except RuntimeError:
-        chosen = torch.device("meta")
-    if chosen.type not in ("cuda", "cpu"):
+        chosen = None
+    if chosen is None or chosen.type not in ("cuda", "cpu"):
         raise ValueError(f"--device {device}: must be auto, cuda, cuda:1, ..., or cpu")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: this machine has no CUDA device; use --device cpu")

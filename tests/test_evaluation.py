@@ -1,0 +1,90 @@
+"""The parts of evaluate.py: sets of samples, features that are kept, summaries, the plot."""
+
+import pytest
+import torch
+from threadpoolctl import threadpool_info
+
+from models import Classifier
+from utils import distributed, evaluation, metrics, report
+from utils.data import load_held_out, load_images
+from utils.evaluation import Judge, fingerprint, reference_features, residual_map, shuffled, summary
+
+
+def test_comparing_takes_few_threads(monkeypatch):
+    """And gives the others back."""
+    def threads() -> list[int]:
+        return [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+
+    seen, distance = [], metrics.frechet_distance
+    monkeypatch.setattr(metrics, "frechet_distance", lambda *features: (seen.extend(threads()), distance(*features))[1])
+    monkeypatch.setattr(evaluation, "BLAS_THREADS", 1)
+    before, draw = threads(), torch.Generator().manual_seed(0)
+    some = metrics.Features(torch.randn(100, 4, generator=draw), torch.randn(100, 2, generator=draw))
+    found = evaluation.compare(Judge("judge", None, True), some, torch.zeros(100).long(), some)
+    assert set(seen) == {1} and threads() == before and found["frechet_distance"] == pytest.approx(0, abs=1e-6)
+
+
+def test_held_out_images_are_not_in_the_training_split():
+    images, held_out = load_held_out(load_images("digits"), None)
+    assert len(images) + len(held_out) == 1797 and len(held_out) == 179
+    everything = torch.cat([images.pixels, held_out.pixels]).flatten(1).float().sum()
+    assert everything == load_images("digits").pixels.float().sum()
+
+
+def test_features_are_kept_under_the_names_of_judge_and_images(tmp_path):
+    calls = []
+
+    def see(pixels):
+        calls.append(len(pixels))
+        return pixels.flatten(1).float(), pixels.flatten(1).float()
+
+    pixels, _ = shuffled(load_images("digits"))
+    for judge in (Judge("a", see, False), Judge("a", see, False), Judge("b", see, False)):
+        features = reference_features(judge, pixels[:700], tmp_path)
+        assert torch.equal(features.features, pixels[:700].flatten(1).float())
+    assert calls == [500, 200, 500, 200]                        # the second time from the file, the third is another judge
+    reference_features(Judge("a", see, False), pixels[:600], tmp_path)
+    assert calls[4:] == [500, 100]
+
+
+def test_residual_map_vanishes_for_a_consistent_flow_only():
+    y = torch.zeros(4, dtype=torch.long)
+    eps = torch.randn(4, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    consistent = residual_map(lambda z, r, t, y: torch.ones_like(z), lambda t: eps, y, 4)
+    assert consistent.isnan().sum() == 6 and consistent[~consistent.isnan()].max() < 1e-12
+    wrong = residual_map(lambda z, r, t, y: z * (t - r).view(-1, 1, 1, 1), lambda t: eps, y, 4)
+    assert wrong[3, 0] > wrong[0, 0] > 0
+
+
+def test_summary():
+    result = summary([{"a": 1.0}, {"a": 3.0}])
+    assert result == {"a": {"mean": 2.0, "std": pytest.approx(2**0.5)}} and summary([{"a": 1.0}])["a"]["std"] is None
+
+
+def test_fingerprint_sees_one_bit():
+    a = torch.zeros(8)
+    b = a.clone()
+    b[7] = 1e-45
+    assert fingerprint(a) != fingerprint(b) and fingerprint(a) == fingerprint(a.clone()) and len(fingerprint(a)) == 8
+
+
+def test_evaluating_on_the_way_needs_more_images_than_features(monkeypatch, tmp_path):
+    """Said before training, not at its first evaluation."""
+    judge = Judge("wide", lambda pixels: (torch.zeros(len(pixels), 2000), torch.zeros(len(pixels), 10)), knows_classes=True)
+    monkeypatch.setattr(evaluation, "classifier_judge", lambda *_: judge)
+    with pytest.raises(ValueError, match="--eval-every: 1797 images are too few for a distance of 2000 features"):
+        evaluation.QuickEvaluation(None, Classifier, load_images("digits"), distributed.start("cpu"), str(tmp_path))
+
+
+@pytest.mark.parametrize("distances", [(0.046, 0.041), (0.22, 0.15), (3.0, 0.05)])
+def test_the_plot_has_its_numbers(distances, tmp_path, monkeypatch):
+    """Both axes are labelled, also where all distances lie within one decade."""
+    plt = report.pyplot()
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    rows = [{"evaluations": n, "frechet_distance": {"mean": mean, "std": 0.001}} for n, mean in zip((1, 4), distances)]
+    report.save_plot(tmp_path / "plot.png", rows, {"frechet_distance": 0.03})
+    axis = plt.gca()
+    inside = [label.get_text() for label in axis.get_yticklabels() if axis.get_ylim()[0] <= label.get_position()[1] <= axis.get_ylim()[1]]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["1", "4"] and len([text for text in inside if text]) >= 2
+    monkeypatch.undo()
+    plt.close(axis.figure)
