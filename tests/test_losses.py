@@ -11,6 +11,7 @@ from utils.losses import (
     anchored_splitting_loss,
     boundary_loss,
     flow_matching_loss,
+    in_steps,
     interval_splitting_loss,
     mean_flow_loss,
     one_step,
@@ -166,6 +167,40 @@ def test_student_loss_is_the_two_losses(legs):
     splitting = interval_splitting_loss(u, *rest) if legs == ("self", "self") else anchored_splitting_loss(u, ORACLE.v, *rest, *legs)
     torch.testing.assert_close(parts.boundary, boundary_loss(u, ORACLE.v, z_t[:n], t[:n], y[:n]), rtol=1e-12, atol=0)
     torch.testing.assert_close(parts.splitting, splitting, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("shares", [[1.0], [0.5, 0.5], [0.7, 0.2, 0.1]])
+def test_average_velocity_of_steps_in_a_row(shares):
+    """At the oracle that of one step; elsewhere it leads where the steps lead."""
+    z_t, r, t, _, y = batch()
+    torch.testing.assert_close(in_steps(ORACLE.u, shares)(z_t, r, t, y), ORACLE.u(z_t, r, t, y), rtol=0, atol=1e-12)
+    z, start = z_t, t
+    for share in shares:
+        end = start - share * (t - r)
+        z, start = z - pad_like(start - end, z) * some_velocity(z, end, start, y), end
+    torch.testing.assert_close(step(z_t, r, t, in_steps(some_velocity, shares)(z_t, r, t, y)), z, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("legs", ALL_LEGS)
+@pytest.mark.parametrize("count", [2, 4])
+def test_one_step_learns_from_several(legs, count):
+    """The rows after the boundary's do, and no others; they weigh what they would by legs."""
+    z_t, r, t, share, y = batch()
+    u, target_network, n, m = Linear(), Linear(), 24, 40
+    with torch.no_grad():
+        target_network.w.mul_(2)
+    args = u, target_network, ORACLE.v, z_t, r, t, share, y, n, *legs
+    parts, plain = student_loss(*args, num_whole=m - n, one_step_from=count), student_loss(*args)
+    wanted = in_steps(target_network, [1 / count] * count)(z_t, r, t, y)
+    scale = 1 if legs == ("self", "self") else share[n:m] ** 2
+    torch.testing.assert_close(parts.splitting[: m - n], squared_error(u(z_t, r, t, y), wanted)[n:m] / scale, rtol=1e-12, atol=0)
+    torch.testing.assert_close(parts.splitting[m - n :], plain.splitting[m - n :], rtol=1e-12, atol=0)
+    assert torch.equal(parts.boundary, plain.boundary) and not torch.isclose(parts.splitting[: m - n], plain.splitting[: m - n]).any()
+    torch.cat(parts).mean().backward()
+    assert u.w.grad is not None and target_network.w.grad is None
+    right, wrong = (student_loss(ORACLE.u, target, *args[2:], num_whole=m - n, one_step_from=count).splitting[: m - n]
+                    for target in (ORACLE.u, exchanged_times))
+    assert right.max() < 1e-20 and wrong.mean() > 1e-3
 
 
 @pytest.mark.parametrize("legs", ALL_LEGS)

@@ -16,7 +16,7 @@ from utils import losses as losses_module
 from utils.flow import step
 from utils.losses import anchored_splitting_loss, squared_error
 
-OF_STUDENTS = {"mixed-leg", "own-leg-in-two", "pin-chain", "pin-data-end", "soft-guidance", "teacher-features-0.3",
+OF_STUDENTS = {"mixed-leg", "more-to-data", "own-leg-in-two", "pin-chain", "pin-data-end", "soft-guidance", "teacher-features-0.3",
                "teacher-features-1", "three-hops", "two-hops", "warm-start", "whole-below-0.1"}
 TESTED_BELOW = {"heads-of-128", "compile-whole", "two-steps", "shared-states", "mean-guidance", "wider-modulation", "guidance-at-once",
                 "ema-every-8", "attention-cudnn", "attention-flash", "attention-plain"}

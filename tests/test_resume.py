@@ -161,7 +161,8 @@ def twenty(results, tmp_path_factory):
     jobs = [[f"train_{stage}_mnist", *arguments[stage], "--results-dir", str(folders[way]), *apart[way]]
             for way in ("two", "split") for stage in arguments]
     with_target = [*arguments["student"], "--steps", "4", "--target", "ema", "--guidance-range", "1", "4", "--extra-blocks", "2",
-                   "--input-skip", "True", "--name", "student-target", "--results-dir"]
+                   "--input-skip", "True", "--one-step-from", "2", "--pinned-share", "0.75", "--pinned-steps", "1", "1", "2",
+                   "--name", "student-target", "--results-dir"]
     train_student_mnist.main([*with_target, str(folders["one"])])
     jobs.append(["train_student_mnist", *with_target, str(folders["split"]), "--shard", "True"])
     done = by_two_processes("tests/two_processes.py", json.dumps(jobs))

@@ -3,7 +3,7 @@ import re
 import pytest
 import torch
 
-from utils.times import LAM_LAWS, draw_intervals, draw_lam, draw_times, parse_law, sampling_intervals
+from utils.times import LAM_LAWS, count_whole, draw_intervals, draw_lam, draw_times, parse_law, sampling_intervals
 
 NUM = 40_000
 T_LAW, R_LAW = "logit-normal(-0.6, 1.6)", "logit-normal(-4, 1.6)"
@@ -77,6 +77,27 @@ def test_everything_pinned(draw):
 def test_a_number_of_steps_named_twice_is_pinned_twice_as_often(draw):
     counts = pinned_counts(*intervals(draw, 1, pinned_steps=(1, 1, 2)))
     torch.testing.assert_close(counts / NUM, torch.tensor([0.25, 0.5, 0.25]), rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize(("pinned_steps", "expected"), [((1, 2), 20), ((1, 1, 2), 30), ((2, 4), 0), ((1,), 60)])
+def test_how_many_are_whole(pinned_steps, expected):
+    assert count_whole(100, 0.6, pinned_steps) == expected
+
+
+@pytest.mark.parametrize("pinned_steps", [(1, 1, 2), (1, 2, 2)])
+def test_whole_intervals_come_first_and_pins_stay_as_many(draw, pinned_steps):
+    """A fixed count of (0, 1), at the head; of the others as many are pinned as without."""
+    num_whole = count_whole(NUM, 0.6, pinned_steps)
+    r, t = draw_intervals(NUM, T_LAW, R_LAW, 0.6, pinned_steps, draw, num_whole)
+    assert (r[:num_whole] == 0).all() and (t[:num_whole] == 1).all() and len(r) == len(t) == NUM
+    assert pinned_counts(r[num_whole:], t[num_whole:])[1] == 0
+    plain = pinned_counts(*intervals(draw, 0.6, pinned_steps=pinned_steps)) / NUM
+    torch.testing.assert_close(pinned_counts(r, t) / NUM, plain, rtol=0, atol=0.01)
+
+
+def test_whole_intervals_alone(draw):
+    r, t = draw_intervals(100, T_LAW, R_LAW, 0.6, (1,), draw, 60)
+    assert pinned_counts(r, t)[1] == 60 and (r <= t).all()
 
 
 def test_nothing_pinned(draw):

@@ -65,7 +65,8 @@ FREE_FIELDS = {"max_minutes", "device", "compile", "cuda_graph", "shard", "resul
                "keep", "eval_every", "classifier", "num_workers", "comet", "data_root", "autoencoder"}
 
 # What a run did before there was such a field.
-ADDED_LATER = {"augment": 0.0, "edge_weight": 0.0, "guidance_range": None, "extra_blocks": 0, "input_skip": False, "flip": None}
+ADDED_LATER = {"augment": 0.0, "edge_weight": 0.0, "guidance_range": None, "extra_blocks": 0, "input_skip": False, "flip": None,
+               "one_step_from": 0}
 
 ConfigT = TypeVar("ConfigT")
 

@@ -33,6 +33,10 @@ class Ranks:
         """This rank's rows of a global batch: every world_size-th, so that a leading share stays a leading share."""
         return batch[self.rank :: self.world_size]
 
+    def count(self, num: int) -> int:
+        """How many of the first num rows of a global batch are this rank's."""
+        return len(range(self.rank, num, self.world_size))
+
     def autocast(self, wanted: bool = True) -> torch.autocast:
         """bfloat16 arithmetic over float32 weights on CUDA, if wanted; plain float32 elsewhere.
 

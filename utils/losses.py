@@ -13,7 +13,8 @@ reduction and precision are the caller's. Shapes: z_t (B, ...), r, t, lam (B,), 
 through as they come, so y may be `utils.guidance.GuidedLabels` where u and v take those.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -71,6 +72,20 @@ def one_step(v: Velocity, leg: Leg) -> AverageVelocity:
         return v(step(z_t, middle, t, v(z_t, t, y)), middle, y)
 
     return {"euler": euler, "midpoint": midpoint}[leg]
+
+
+def in_steps(average: AverageVelocity, shares: Sequence[float]) -> AverageVelocity:
+    """The average velocity of several steps in a row, the i-th over shares[i] of the interval; they sum to 1. (Eq. 10, again and again.)"""
+    def several(z_t: Tensor, r: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        ends = [torch.lerp(t, r, share) for share in accumulate(shares, initial=0.0)]
+        total = torch.zeros_like(z_t)
+        for share, (start, end) in zip(shares, pairwise(ends), strict=True):
+            velocity = average(z_t, end, start, y)
+            total += share * velocity
+            z_t = step(z_t, end, start, velocity)
+        return total
+
+    return several
 
 
 @torch.no_grad()
@@ -136,11 +151,16 @@ class StudentLoss(NamedTuple):
 
 
 def student_loss(u: AverageVelocity, u_target: AverageVelocity, v: Velocity, z_t: Tensor, r: Tensor, t: Tensor, share: Tensor,
-                 y: Tensor, num_boundary: int, first_leg: Leg = "self", last_leg: Leg = "self", edge_weight: float = 0.0) -> StudentLoss:
+                 y: Tensor, num_boundary: int, first_leg: Leg = "self", last_leg: Leg = "self", edge_weight: float = 0.0,
+                 num_whole: int = 0, one_step_from: int = 0) -> StudentLoss:
     """Both student losses over one batch, with a single forward pass that carries gradient.
 
     Equal to `boundary_loss` on the first `num_boundary` rows and to `anchored_splitting_loss` or `interval_splitting_loss`
-    on the others (a test holds this), but faster. The count is fixed so that shapes never change.
+    on the others (a test holds this), but faster. Counts are fixed so that shapes never change.
+
+    A chain of targets is as good as its worst interval, and from (0, 1) it leads through intervals that are seldom drawn. So `num_whole`
+    rows, those after the boundary's, may have their target from the student's own `one_step_from` equal steps instead: Eq. 10 with more
+    than two legs. Their residual is divided by the share as if a leg were the teacher's, so that they weigh what they would otherwise.
 
     Args:
         u: the student.
@@ -150,13 +170,17 @@ def student_loss(u: AverageVelocity, u_target: AverageVelocity, v: Velocity, z_t
         num_boundary: rows for the boundary condition; their r and share are not used.
         first_leg, last_leg: whose the two legs are; one or both "self", which is `u_target`. Both: Algorithm 1.
         edge_weight: see `squared_error`.
+        num_whole, one_step_from: how many rows have targets of that many steps, see above; both 0 for none.
     """
-    n = num_boundary
+    n, m = num_boundary, num_boundary + num_whole
     r = torch.cat([t[:n], r[n:]])
     with torch.no_grad():
-        lam = first_share(share[n:], last_leg)
-        splitting = splitting_target(*legs(u_target, v, first_leg, last_leg), z_t[n:], r[n:], t[n:], lam, y[n:])
-        target = torch.cat([v(z_t[:n], t[:n], y[:n]), splitting])
+        targets = [v(z_t[:n], t[:n], y[:n])]
+        if num_whole:
+            targets.append(in_steps(u_target, [1 / one_step_from] * one_step_from)(z_t[n:m], r[n:m], t[n:m], y[n:m]))
+        lam = first_share(share[m:], last_leg)
+        targets.append(splitting_target(*legs(u_target, v, first_leg, last_leg), z_t[m:], r[m:], t[m:], lam, y[m:]))
+        target = torch.cat(targets)
     error = squared_error(u(z_t, r, t, y), target, edge_weight)
     anchored = (first_leg, last_leg) != ("self", "self")
     return StudentLoss(error[:n], error[n:] / share[n:].square() if anchored else error[n:])

@@ -55,8 +55,14 @@ def sampling_intervals(step_counts: Sequence[int]) -> list[tuple[float, float]]:
     return sorted((i / n, (i + 1) / n) for n in step_counts for i in range(n))
 
 
+def count_whole(num: int, pinned_share: float, pinned_steps: Sequence[int]) -> int:
+    """How many of num intervals are (0, 1), on average, of those that `draw_intervals` pins; rounded."""
+    intervals = sampling_intervals(pinned_steps)
+    return round(num * pinned_share * intervals.count((0, 1)) / len(intervals))
+
+
 def draw_intervals(num: int, t_law: str, r_law: str, pinned_share: float, pinned_steps: Sequence[int],
-                   generator: Generator) -> tuple[Tensor, Tensor]:
+                   generator: Generator, num_whole: int = 0) -> tuple[Tensor, Tensor]:
     """Intervals r <= t for the splitting loss.
 
     Two independent draws, one of each law, are sorted. A share of the rows, each by its own coin, is pinned instead at
@@ -69,11 +75,18 @@ def draw_intervals(num: int, t_law: str, r_law: str, pinned_share: float, pinned
         pinned_steps: numbers of steps whose intervals are pinned, each interval alike; with (1, 1, 2) the one of one step as often as
             both of two.
         generator: source of randomness; its device is the result's.
+        num_whole: how many are (0, 1) for certain, the first ones; what else is pinned are then intervals of two and more steps, so many
+            that `pinned_share` of all are pinned, where num_whole is what `count_whole` says.
 
     Returns:
         r and t, each (num,), 0 <= r <= t <= 1.
     """
     device = generator.device
+    if num_whole:
+        others = [count for count in pinned_steps if count > 1]
+        share = max(0, pinned_share * num - num_whole) / (num - num_whole) if others else 0
+        r, t = draw_intervals(num - num_whole, t_law, r_law, share, others, generator)
+        return torch.cat([torch.zeros(num_whole, device=device), r]), torch.cat([torch.ones(num_whole, device=device), t])
     a, b = draw_times(num, t_law, generator), draw_times(num, r_law, generator)
     r, t = torch.minimum(a, b), torch.maximum(a, b)
     coin = torch.rand(num, generator=generator, device=device)

@@ -35,6 +35,7 @@ PATCHES: dict[str, Callable[[], None]] = {
     "pin-data-end": student_patches.pin_data_end,
     "pin-chain": lambda: student_patches.pin_chain(0.3),
     "whole-below-0.1": lambda: student_patches.whole_below(0.1),
+    "more-to-data": lambda: student_patches.more_to_data(0.25),
     "soft-guidance": lambda: student_patches.soft_guidance(0.2),
     "mean-guidance": student_patches.mean_guidance,
     "wider-modulation": lambda: student_patches.wider_modulation(4),

@@ -14,7 +14,7 @@ from models import DiT, build_network, dit, student_from_teacher
 from utils import losses
 from utils.flow import pad_like, step
 from utils.guidance import Velocity
-from utils.losses import AverageVelocity, Leg, StudentLoss, squared_error, student_loss
+from utils.losses import AverageVelocity, Leg, StudentLoss, in_steps, squared_error, student_loss
 from utils.times import draw_intervals, sampling_intervals
 
 
@@ -31,31 +31,15 @@ def mixed_leg() -> None:
         *args[:9], *(("self", "self") if next(turn) else args[9:11]), *args[11:]))
 
 
-def in_steps(average: AverageVelocity, count: int, ratio: float = 1) -> AverageVelocity:
-    """The average velocity of `count` steps in a row, each `ratio` times as long as the one before."""
-    sizes = [ratio**i for i in range(count)]
-    parts = [size / sum(sizes) for size in sizes]
-
-    def several(z_t: Tensor, r: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        ends = [torch.lerp(t, r, share) for share in itertools.accumulate(parts, initial=0.0)]
-        total = torch.zeros_like(z_t)
-        for part, start, end in zip(parts, ends, ends[1:]):
-            velocity = average(z_t, end, start, y)
-            total += part * velocity
-            z_t = step(z_t, end, start, velocity)
-        return total
-
-    return several
-
-
 def several_steps(count: int, ratio: float = 1) -> None:
     """The teacher's leg is several steps of its flow in a row, which lets its share be larger: fewer hops to a long interval.
 
     Steps each 1 - lam times as long as the one before, over the share 1 - (1 - lam)^count, are what a target of share lam is when the
     student's leg is unrolled: the flow stays the same.
     """
-    one_step = losses.one_step
-    change([losses], "one_step", lambda v, leg: in_steps(one_step(v, leg), count, ratio))
+    one_step, sizes = losses.one_step, [ratio**i for i in range(count)]
+    shares = [size / sum(sizes) for size in sizes]
+    change([losses], "one_step", lambda v, leg: in_steps(one_step(v, leg), shares))
 
 
 def own_leg_in_steps(count: int) -> None:
@@ -63,7 +47,7 @@ def own_leg_in_steps(count: int) -> None:
     legs = losses.legs
 
     def longer(u: AverageVelocity, v: Velocity, *kinds: Leg) -> tuple[AverageVelocity, ...]:
-        return tuple(in_steps(leg, count) if kind == "self" else leg for leg, kind in zip(legs(u, v, *kinds), kinds))
+        return tuple(in_steps(leg, [1 / count] * count) if kind == "self" else leg for leg, kind in zip(legs(u, v, *kinds), kinds))
 
     change([losses], "legs", longer)
 
@@ -71,8 +55,8 @@ def own_leg_in_steps(count: int) -> None:
 def move_pinned(moved: Callable[[Tensor, Tensor, torch.Generator], Tensor]) -> None:
     """Pinned intervals keep their r; their t is what `moved` makes of r, t and the source of randomness. All (B,)."""
     def intervals(num: int, t_law: str, r_law: str, pinned_share: float, pinned_steps: Sequence[int],
-                  generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        r, t = draw_intervals(num, t_law, r_law, pinned_share, pinned_steps, generator)
+                  generator: torch.Generator, num_whole: int = 0) -> tuple[Tensor, Tensor]:
+        r, t = draw_intervals(num, t_law, r_law, pinned_share, pinned_steps, generator, num_whole)
         pinned = torch.stack([(r == low) & (t == high) for low, high in sampling_intervals(pinned_steps)]).any(0)
         return r, torch.where(pinned, moved(r, t, generator), t)
 
@@ -101,6 +85,19 @@ def whole_below(length: float) -> None:
         return student_loss(u, u_target, v, z_t, r, t, torch.where(t - r < length, 1, share), *rest)
 
     change(STUDENTS, "student_loss", loss)
+
+
+def more_to_data(share: float, earliest: float = 0.4) -> None:
+    """A share of all intervals, taken from those that are not pinned, is (0, t), t uniform between `earliest` and 1."""
+    def intervals(num: int, t_law: str, r_law: str, pinned_share: float, pinned_steps: Sequence[int],
+                  generator: torch.Generator, num_whole: int = 0) -> tuple[Tensor, Tensor]:
+        r, t = draw_intervals(num, t_law, r_law, pinned_share, pinned_steps, generator, num_whole)
+        pinned = torch.stack([(r == low) & (t == high) for low, high in sampling_intervals(pinned_steps)]).any(0)
+        coin, late = torch.rand(2, num, generator=generator, device=r.device)
+        chosen = ~pinned & (coin < share / (1 - pinned_share))
+        return torch.where(chosen, 0, r), torch.where(chosen, earliest + (1 - earliest) * late, t)
+
+    change(STUDENTS, "draw_intervals", intervals)
 
 
 def mix(v: Velocity, null_class: int, guidance_scale: float, share: Tensor, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -161,11 +158,11 @@ def wider_modulation(factor: int) -> None:
 def shared_states() -> None:
     """Boundary and splitting at the same states: one evaluation of the teacher, v(z_t, t), serves both. Half of the images is used."""
     def loss(u: AverageVelocity, u_target: AverageVelocity, v: Velocity, z_t: Tensor, r: Tensor, t: Tensor, share: Tensor,
-             y: Tensor, num_boundary: int, first_leg: Leg, last_leg: Leg, edge_weight: float = 0.0) -> StudentLoss:
+             y: Tensor, num_boundary: int, first_leg: Leg, last_leg: Leg, edge_weight: float = 0.0, *whole: int) -> StudentLoss:
         n = len(y) - num_boundary
-        if n != num_boundary or (first_leg, last_leg) != ("midpoint", "self"):
+        if n != num_boundary or (first_leg, last_leg) != ("midpoint", "self") or any(whole):
             raise ValueError(f"shared states: {num_boundary} of {len(y)} rows are boundary, legs {first_leg} and {last_leg}; "
-                             "half of them and midpoint and self are needed")
+                             "half of them and midpoint and self are needed, without --one-step-from")
         z, y, r, t, share = z_t[n:], y[n:], r[n:], t[n:], share[n:]
         with torch.no_grad():
             v_t = v(z, t, y)
@@ -222,13 +219,13 @@ def warm_start(updates: int, substeps: int = 4) -> None:
     count = itertools.count()
 
     def loss(u: AverageVelocity, u_target: AverageVelocity, v: Velocity, z_t: Tensor, r: Tensor, t: Tensor, share: Tensor,
-             y: Tensor, num_boundary: int, first_leg: Leg, last_leg: Leg, edge_weight: float = 0.0) -> StudentLoss:
+             y: Tensor, num_boundary: int, first_leg: Leg, last_leg: Leg, edge_weight: float = 0.0, *whole: int) -> StudentLoss:
         n = num_boundary
         if next(count) >= updates:
-            return student_loss(u, u_target, v, z_t, r, t, share, y, n, first_leg, last_leg, edge_weight)
+            return student_loss(u, u_target, v, z_t, r, t, share, y, n, first_leg, last_leg, edge_weight, *whole)
         r = torch.cat([t[:n], r[n:]])
         with torch.no_grad():
-            trajectory = in_steps(losses.one_step(v, "euler"), substeps)
+            trajectory = in_steps(losses.one_step(v, "euler"), [1 / substeps] * substeps)
             target = torch.cat([v(z_t[:n], t[:n], y[:n]), trajectory(z_t[n:], r[n:], t[n:], y[n:])])
         error = squared_error(u(z_t, r, t, y), target, edge_weight)
         return StudentLoss(error[:n], error[n:])
