@@ -69,7 +69,7 @@ class Config(RunConfig):
     r_law: str = "logit-normal(-4, 1.6)"        # draws of r, likewise
     pinned_share: float = 0.15                  # of the intervals: pinned at those sampled at test time
     pinned_steps: tuple[int, ...] = (1, 2)      # the numbers of steps whose intervals these are; one named twice counts twice
-    one_step_from: int = 0                      # where one step is pinned, its target: that many steps of its own; 0: legs, as elsewhere
+    one_step_from: int = 0                      # target of what is pinned at (0, 1): where so many steps of the student's own lead; 0: legs
     edge_weight: float = 0.0                    # in the losses: of differences between neighbouring pixels; 0 for none
     adaptive_power: float = 0.75                # p of the adaptive weight 1 / (loss + 0.001)^p; 0 is the plain loss
     target: Literal["online", "ema"] = "online" # network that makes the splitting targets: the student, or a fast EMA of it
@@ -88,7 +88,7 @@ class Config(RunConfig):
         for field in ("ema_decay", "target_decay", "decay_share"):
             require(self, field, 0 <= getattr(self, field) < 1, "in [0, 1)")
         require(self, "pinned_share", 0 <= self.pinned_share <= 1, "in [0, 1]")
-        require(self, "boundary_share", 0 < round(self.boundary_share * self.global_batch_size) < self.global_batch_size,
+        require(self, "boundary_share", 0 < self.num_boundary < self.global_batch_size,
                 f"such that of {self.global_batch_size} samples at least one is boundary and one is not")
         check_interval(self, "guidance_interval")
         low, high = self.guidance_range or (1, math.inf)
@@ -98,25 +98,35 @@ class Config(RunConfig):
         require(self, "last_leg", "self" in (self.first_leg, self.last_leg), f"self where --first-leg is {self.first_leg}")
         for field in ("num_steps", "pinned_steps"):
             require(self, field, len(getattr(self, field)) > 0 and min(getattr(self, field)) >= 1, "one or more counts, each at least 1")
-        num_splitting = self.global_batch_size - round(self.boundary_share * self.global_batch_size)
-        num_whole = count_whole(num_splitting, self.pinned_share, self.pinned_steps)
-        require(self, "one_step_from", self.one_step_from == 0 or (self.one_step_from >= 2 and 0 < num_whole < num_splitting),
-                f"0, or at least 2 where --pinned-share and --pinned-steps pin one step in some of the {num_splitting} splitting rows")
+        require(self, "one_step_from", self.one_step_from == 0 or (self.one_step_from >= 2 and 0 < self.num_whole < self.num_splitting),
+                f"0, or at least 2 where --pinned-share and --pinned-steps pin one step in some but not all of the {self.num_splitting} "
+                f"splitting rows, here {self.num_whole}")
+
+    # Rows of each batch: fixed counts, so that shapes never change. Boundary first, then those that one_step_from is for, then the rest.
+    @property
+    def num_boundary(self) -> int:
+        return round(self.boundary_share * self.global_batch_size)
+
+    @property
+    def num_splitting(self) -> int:
+        return self.global_batch_size - self.num_boundary
+
+    @property
+    def num_whole(self) -> int:
+        return count_whole(self.num_splitting, self.pinned_share, self.pinned_steps) if self.one_step_from else 0
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse_config(Config, argv, __doc__, recipes.STUDENT)
     ranks = distributed.start(cfg.device)
     device = ranks.device
-    num_boundary = round(cfg.boundary_share * cfg.global_batch_size)       # a fixed count, so that shapes never change
-    if num_boundary % ranks.world_size:
-        raise ValueError(f"{num_boundary} boundary samples (--boundary-share x --global-batch-size) do not divide among "
+    if cfg.num_boundary % ranks.world_size:
+        raise ValueError(f"{cfg.num_boundary} boundary samples (--boundary-share x --global-batch-size) do not divide among "
                          f"{ranks.world_size} processes")
-    num_splitting = cfg.global_batch_size - num_boundary
-    num_whole = count_whole(num_splitting, cfg.pinned_share, cfg.pinned_steps) if cfg.one_step_from else 0
-    if num_whole and min(num_whole, num_splitting - num_whole) < ranks.world_size:
-        raise ValueError(f"{num_whole} of {num_splitting} splitting rows learn one step from {cfg.one_step_from} (--pinned-share, "
-                         f"--pinned-steps): each of {ranks.world_size} processes needs one of these and one of the others")
+    if cfg.one_step_from and min(cfg.num_whole, cfg.num_splitting - cfg.num_whole) < ranks.world_size:
+        raise ValueError(f"--one-step-from {cfg.one_step_from}: of {cfg.num_splitting} splitting rows {cfg.num_whole} are pinned at (0, 1) "
+                         "by --global-batch-size, --pinned-share and --pinned-steps; there must be at least one of these, and one of "
+                         f"the others, for each of {ranks.world_size} processes")
 
     # Data, teacher and student.
     images = load_data(cfg.data, cfg.data_root, cfg.image_size, cfg.num_workers)
@@ -167,8 +177,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         """Losses of this rank's rows; leaves their gradients in the student. scale: of their guidance, if the student is told it."""
         labels = GuidedLabels(y, *scale) if scale else y
         with ranks.autocast():
-            parts = student_loss(u, u_target, v, z_t, r, t, share, labels, num_boundary // ranks.world_size, cfg.first_leg, cfg.last_leg,
-                                 cfg.edge_weight, ranks.count(num_whole), cfg.one_step_from)
+            parts = student_loss(u, u_target, v, z_t, r, t, share, labels, cfg.num_boundary // ranks.world_size, cfg.first_leg,
+                                 cfg.last_leg, cfg.edge_weight, ranks.count(cfg.num_whole), cfg.one_step_from)
             loss = adaptive_weight(torch.cat(parts), cfg.adaptive_power).mean()
         loss.backward()
         return loss, parts.boundary.mean(), parts.splitting.mean()
@@ -188,8 +198,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             draw = generator(device, cfg.seed, "step", step)
             x, y = batches(step)                            # (B, C, H, W) in [-1, 1] and (B,), this rank's rows
             eps = ranks.rows(torch.randn(cfg.global_batch_size, *images.shape, generator=draw, device=device))
-            t_boundary = draw_times(num_boundary, cfg.t_law, draw)
-            r, t = draw_intervals(num_splitting, cfg.t_law, cfg.r_law, cfg.pinned_share, cfg.pinned_steps, draw, num_whole)
+            t_boundary = draw_times(cfg.num_boundary, cfg.t_law, draw)
+            r, t = draw_intervals(cfg.num_splitting, cfg.t_law, cfg.r_law, cfg.pinned_share, cfg.pinned_steps, draw,
+                                  cfg.num_whole)
             share = draw_lam(cfg.global_batch_size, cfg.lam_law, (step - 1) / cfg.steps, draw)
             r, t, share = (ranks.rows(times) for times in (torch.cat([t_boundary, r]), torch.cat([t_boundary, t]), share))
             scale = [ranks.rows(draw_between(cfg.global_batch_size, *cfg.guidance_range, draw))] if cfg.guidance_range else []

@@ -280,6 +280,28 @@ def test_teacher_features_add_to_the_loss_of_a_wrong_student(weight, undo):
         assert all(p.grad is None for p in teacher.parameters()) and student.final.out.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize(("change", "flags", "message"), [
+    ("pin-chain", ["--one-step-from", "2", "--pinned-share", "0.5"], "moved pins: 1 rows must stay"),
+    ("teacher-features-1", ["--one-step-from", "2", "--pinned-share", "0.5"], "teacher features: .*without --one-step-from"),
+    ("more-to-data", ["--pinned-share", "0.8"], "a share of 0.25 does not fit beside --pinned-share 0.8"),
+])
+def test_what_a_patch_cannot_do(change, flags, message, plain, undo, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        patches.main([change, "train_student_mnist.py", *COMMON, *flags, "--teacher", str(plain / "teacher"),
+                      "--results-dir", str(tmp_path)])
+
+
+def test_more_to_data(undo):
+    """A quarter of all rows, of those that are not pinned, ends at the data; what was pinned stays."""
+    patches.PATCHES["more-to-data"]()
+    draws = torch.Generator().manual_seed(0)
+    r, t = train_student_mnist.draw_intervals(20_000, "logit-normal(-0.6, 1.6)", "uniform", 0.6, (1, 2), draws)
+    pinned = torch.stack([(r == low) & (t == high) for low, high in ((0, 1), (0, 0.5), (0.5, 1))]).any(0)
+    chosen = ~pinned & (r == 0)
+    assert pinned.float().mean().item() == pytest.approx(0.6, abs=0.01) and chosen.float().mean().item() == pytest.approx(0.25, abs=0.01)
+    assert t[chosen].min() >= 0.4 and t[chosen].mean().item() == pytest.approx(0.7, abs=0.01)
+
+
 def test_a_patch_that_no_longer_fits_says_so():
     with pytest.raises(AttributeError, match="has no gone any more"):
         changes.change([train_teacher_mnist], "gone", None)

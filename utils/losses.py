@@ -160,7 +160,8 @@ def student_loss(u: AverageVelocity, u_target: AverageVelocity, v: Velocity, z_t
 
     A chain of targets is as good as its worst interval, and from (0, 1) it leads through intervals that are seldom drawn. So `num_whole`
     rows, those after the boundary's, may have their target from the student's own `one_step_from` equal steps instead: Eq. 10 with more
-    than two legs. Their residual is divided by the share as if a leg were the teacher's, so that they weigh what they would otherwise.
+    than two legs. An error of u is divided by the share there too, so that it weighs the same; but it does not shrink with the share
+    as one of a teacher's leg does. So this is for a share that is not near zero, or for an adaptive weight.
 
     Args:
         u: the student.

@@ -56,7 +56,9 @@ def move_pinned(moved: Callable[[Tensor, Tensor, torch.Generator], Tensor]) -> N
     """Pinned intervals keep their r; their t is what `moved` makes of r, t and the source of randomness. All (B,)."""
     def intervals(num: int, t_law: str, r_law: str, pinned_share: float, pinned_steps: Sequence[int],
                   generator: torch.Generator, num_whole: int = 0) -> tuple[Tensor, Tensor]:
-        r, t = draw_intervals(num, t_law, r_law, pinned_share, pinned_steps, generator, num_whole)
+        if num_whole:
+            raise ValueError(f"moved pins: {num_whole} rows must stay at (0, 1), with --one-step-from")
+        r, t = draw_intervals(num, t_law, r_law, pinned_share, pinned_steps, generator)
         pinned = torch.stack([(r == low) & (t == high) for low, high in sampling_intervals(pinned_steps)]).any(0)
         return r, torch.where(pinned, moved(r, t, generator), t)
 
@@ -91,6 +93,8 @@ def more_to_data(share: float, earliest: float = 0.4) -> None:
     """A share of all intervals, taken from those that are not pinned, is (0, t), t uniform between `earliest` and 1."""
     def intervals(num: int, t_law: str, r_law: str, pinned_share: float, pinned_steps: Sequence[int],
                   generator: torch.Generator, num_whole: int = 0) -> tuple[Tensor, Tensor]:
+        if share > 1 - pinned_share:
+            raise ValueError(f"more to data: a share of {share} does not fit beside --pinned-share {pinned_share}")
         r, t = draw_intervals(num, t_law, r_law, pinned_share, pinned_steps, generator, num_whole)
         pinned = torch.stack([(r == low) & (t == high) for low, high in sampling_intervals(pinned_steps)]).any(0)
         coin, late = torch.rand(2, num, generator=generator, device=r.device)
@@ -200,6 +204,8 @@ def teacher_features(weight: float, depth: float = 2 / 3, shortest: float = 0.3)
 
     def loss(u: AverageVelocity, u_target: AverageVelocity, v: Velocity, z_t: Tensor, r: Tensor, t: Tensor, share: Tensor,
              y: Tensor, num_boundary: int, *rest: Any) -> StudentLoss:
+        if any(rest[3:]):                                   # num_whole and one_step_from
+            raise ValueError("teacher features: all splitting rows need targets from legs, without --one-step-from")
         plain = student_loss(lambda *inputs: keep("made", u(*inputs)), u_target, v, z_t, r, t, share, y, num_boundary, *rest)
         z, r, t, y, made, share = (rows[num_boundary:] for rows in (z_t, r, t, y, kept["made"], share))
         seen = as_seen(kept["teacher"], step(z, r, t, made), r, y, depth)
