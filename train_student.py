@@ -178,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         """Losses of this rank's rows; leaves their gradients in the student. scale: of their guidance, if the student is told it."""
         labels = GuidedLabels(y, *scale) if scale else y
         with ranks.autocast():
-            parts = student_loss(u, u_target, v, z_t, r, t, share, labels, cfg.num_boundary // ranks.world_size, cfg.first_leg,
+            parts = student_loss(u, u_target, v, z_t, r, t, share, labels, ranks.count(cfg.num_boundary), cfg.first_leg,
                                  cfg.last_leg, cfg.edge_weight, ranks.count(cfg.num_whole), cfg.one_step_from)
             loss = adaptive_weight(torch.cat(parts), cfg.adaptive_power).mean()
         loss.backward()

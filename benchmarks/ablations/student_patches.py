@@ -52,6 +52,11 @@ def own_leg_in_steps(count: int) -> None:
     change([losses], "legs", longer)
 
 
+def are_pinned(r: Tensor, t: Tensor, pinned_steps: Sequence[int]) -> Tensor:
+    """Which intervals are those of sampling in `pinned_steps` equal steps, (B,) bool."""
+    return torch.stack([(r == low) & (t == high) for low, high in sampling_intervals(pinned_steps)]).any(0)
+
+
 def move_pinned(moved: Callable[[Tensor, Tensor, torch.Generator], Tensor]) -> None:
     """Pinned intervals keep their r; their t is what `moved` makes of r, t and the source of randomness. All (B,)."""
     def intervals(num: int, t_law: str, r_law: str, pinned_share: float, pinned_steps: Sequence[int],
@@ -59,8 +64,7 @@ def move_pinned(moved: Callable[[Tensor, Tensor, torch.Generator], Tensor]) -> N
         if num_whole:
             raise ValueError(f"moved pins: {num_whole} rows must stay at (0, 1), with --one-step-from")
         r, t = draw_intervals(num, t_law, r_law, pinned_share, pinned_steps, generator)
-        pinned = torch.stack([(r == low) & (t == high) for low, high in sampling_intervals(pinned_steps)]).any(0)
-        return r, torch.where(pinned, moved(r, t, generator), t)
+        return r, torch.where(are_pinned(r, t, pinned_steps), moved(r, t, generator), t)
 
     change(STUDENTS, "draw_intervals", intervals)
 
@@ -96,9 +100,8 @@ def more_to_data(share: float, earliest: float = 0.4) -> None:
         if share > 1 - pinned_share:
             raise ValueError(f"more to data: a share of {share} does not fit beside --pinned-share {pinned_share}")
         r, t = draw_intervals(num, t_law, r_law, pinned_share, pinned_steps, generator, num_whole)
-        pinned = torch.stack([(r == low) & (t == high) for low, high in sampling_intervals(pinned_steps)]).any(0)
         coin, late = torch.rand(2, num, generator=generator, device=r.device)
-        chosen = ~pinned & (coin < share / (1 - pinned_share))
+        chosen = ~are_pinned(r, t, pinned_steps) & (coin < share / (1 - pinned_share))
         return torch.where(chosen, 0, r), torch.where(chosen, earliest + (1 - earliest) * late, t)
 
     change(STUDENTS, "draw_intervals", intervals)
