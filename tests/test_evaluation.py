@@ -1,5 +1,7 @@
 """The parts of evaluate.py: sets of samples, features that are kept, summaries, the plot."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from threadpoolctl import threadpool_info
@@ -29,6 +31,16 @@ def test_held_out_images_are_not_in_the_training_split():
     assert len(images) + len(held_out) == 1797 and len(held_out) == 179
     everything = torch.cat([images.pixels, held_out.pixels]).flatten(1).float().sum()
     assert everything == load_images("digits").pixels.float().sum()
+
+
+def test_the_order_of_the_files_does_not_matter():
+    images = load_images("digits")
+    other = torch.randperm(len(images), generator=torch.Generator().manual_seed(1))
+    moved = replace(images, pixels=images.pixels[other], labels=images.labels[other])
+    (pixels, labels), again = shuffled(images), shuffled(moved)
+    assert torch.equal(pixels, again[0]) and torch.equal(labels, again[1])
+    assert not torch.equal(pixels, images.pixels) and pixels.float().sum() == images.pixels.float().sum()
+    assert labels[:300].bincount(minlength=10).min() > 15                   # each class about 30 times: a fair sample
 
 
 def test_features_are_kept_under_the_names_of_judge_and_images(tmp_path):

@@ -1,5 +1,6 @@
 """What evaluate.py and a training run measure: sets of samples beside the training split, and real held-out images as the floor."""
 
+import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -118,8 +119,9 @@ def draw(sample: Sample, labels: Tensor, shape: tuple[int, ...], seed: int, rank
 
 
 def shuffled(images: Images) -> tuple[Tensor, Tensor]:
-    """Pixels and labels in a fixed random order, so that the first few are a fair sample."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    """Pixels and labels in the order of a hash of the pixels: the first few are a fair sample, whatever the order of the files."""
+    hashes = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images.pixels.numpy()]
+    order = torch.tensor(sorted(range(len(images)), key=lambda i: (hashes[i], int(images.labels[i]))))
     return images.pixels[order], images.labels[order]
 
 
