@@ -3,6 +3,7 @@
     python release.py results/student-mnist checkpoints/student-mnist.safetensors
     python release.py results/student-mnist hub/mnist --evaluation results/evaluation-student-mnist
     python release.py results/student-mnist hub/mnist --evaluation results/evaluation-student-mnist --replace True --push someone/mnist
+    python release.py results/student-a results/mean.safetensors --mean-with results/student-b
 """
 
 import os
@@ -10,13 +11,14 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
+from torch import Tensor
 
 from models import build_network
-from utils.checkpoints import read_weights, resolve_weights, save_model_folder, weights_id, write_weights
+from utils.checkpoints import load_network, read_weights, resolve_weights, save_model_folder, weights_id, write_weights
 from utils.config import FREE_FIELDS, parse_config, require
 from utils.model_card import model_card
 
@@ -28,12 +30,33 @@ class Config:
     evaluation: str | None = None                           # folder only: what evaluate.py wrote, for the model card
     push: str | None = None                                 # folder only: upload it to this Hub id, such as someone/splitmeanflow-mnist
     replace: bool = False                                   # overwrite what is there
+    mean_with: tuple[str, ...] = ()                         # more runs or files that went on from one network: the mean of all is made
 
     def __post_init__(self) -> None:
         is_file = self.target.endswith(".safetensors")
         for field in ("evaluation", "push"):
             require(self, field, getattr(self, field) is None or not is_file, "left out with a .safetensors target: a file has no card")
         require(self, "push", self.push is None or len(self.push.split("/")) == 2, "of the form user/name")
+
+
+def mean_of(sources: Sequence[Path]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The mean, in float32, of the weights of networks alike (a model soup: Wortsman et al., arXiv 2203.05482).
+
+    Returns:
+        The weights and the metadata of the first, in which "mean_of" lists the ids of all.
+
+    Raises:
+        ValueError: one is of another kind, architecture, teacher or classes than the first.
+    """
+    networks, metadata = zip(*(load_network(source, build_network) for source in sources), strict=True)
+    for source, other in zip(sources[1:], metadata[1:], strict=True):
+        for key in ("kind", "architecture", "teacher", "classes"):
+            if other.get(key) != metadata[0].get(key):
+                raise ValueError(f"--mean-with {source} has {key} {other.get(key)}, {sources[0]} {metadata[0].get(key)}: "
+                                 "their mean means nothing")
+    parts = [network.state_dict() for network in networks]
+    weights = {name: torch.stack([part[name].float() for part in parts]).mean(0) for name in parts[0]}
+    return weights, metadata[0] | {"mean_of": [weights_id(network) for network in networks]}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -43,13 +66,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if filled and not cfg.replace:
         raise ValueError(f"{target} exists; use --replace True to overwrite it")
     source = resolve_weights(cfg.source)
-    weights, metadata = read_weights(source)
+    weights, metadata = mean_of([source, *map(resolve_weights, cfg.mean_with)]) if cfg.mean_with else read_weights(source)
     if metadata["kind"] not in ("teacher", "student"):
         raise ValueError(f"{source} is a {metadata['kind']}; teachers and students are released")
     weights = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
     metadata["config"] = {key: value for key, value in metadata["config"].items() if key not in FREE_FIELDS}    # folders and the like
     target.parent.mkdir(parents=True, exist_ok=True)
-    what = f"{metadata['kind']}, step {metadata['step']}"
+    what = f"{metadata['kind']}, step {metadata['step']}" + (f", mean of {1 + len(cfg.mean_with)}" if cfg.mean_with else "")
     if target.suffix == ".safetensors":
         write_weights(target, weights, metadata)
         print(f"{target}: {what}, {target.stat().st_size / 1e6:.1f} MB")

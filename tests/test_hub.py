@@ -193,3 +193,24 @@ def test_release_keeps_what_is_there(results, folder, tmp_path, monkeypatch):
     for place in (folder, folder.parent / "empty"):
         again = load_file(place / "model.safetensors")
         assert again.keys() == weights.keys() and all(torch.equal(again[name], weight) for name, weight in weights.items())
+
+
+def test_release_of_a_mean(results, tmp_path):
+    run, step = results / "student-digits", results / "student-digits/checkpoints"
+    first, last = sorted(step.glob("step_*"))[0], sorted(step.glob("step_*"))[-1]
+    assert first != last
+    release.main([str(run), str(tmp_path / "mean.safetensors"), "--mean-with", str(first)])
+    release.main([str(run), str(tmp_path / "folder"), "--mean-with", str(first)])
+    parts = [load_network(path, build_network)[0] for path in (last, first)]
+    expected = {name: ((weight + parts[1].state_dict()[name]) / 2).bfloat16() for name, weight in parts[0].state_dict().items()}
+    for found in (load_file(tmp_path / "mean.safetensors"), load_file(tmp_path / "folder/model.safetensors")):
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], weight) for name, weight in expected.items())
+    ids = [weights_id(part) for part in parts]
+    assert load_network(tmp_path / "mean.safetensors", build_network)[1]["mean_of"] == ids and ids[0] != ids[1]
+    assert f"The mean of the weights {', '.join(ids)}." in (tmp_path / "folder/README.md").read_text()
+    assert load_network(tmp_path / "folder", build_network)[1]["mean_of"] == ids
+    with pytest.raises(ValueError, match="has kind teacher, .* student: their mean means nothing"):
+        release.main([str(run), str(tmp_path / "x.safetensors"), "--mean-with", str(results / "teacher-digits")])
+    with pytest.raises(FileNotFoundError):
+        release.main([str(run), str(tmp_path / "x.safetensors"), "--mean-with", str(tmp_path / "nothing")])
+    assert not (tmp_path / "x.safetensors").exists()
