@@ -14,12 +14,14 @@ from benchmarks.ablations import changes, network_patches, patches, student_patc
 from models import DiT
 from utils import losses as losses_module
 from utils.flow import step
+from utils.guidance import GuidedLabels
 from utils.losses import anchored_splitting_loss, squared_error
 
 OF_STUDENTS = {"mixed-leg", "more-to-data", "own-leg-in-two", "pin-chain", "pin-data-end", "soft-guidance", "teacher-features-0.3",
                "teacher-features-1", "three-hops", "two-hops", "warm-start", "whole-below-0.1"}
 TESTED_BELOW = {"heads-of-128", "compile-whole", "two-steps", "shared-states", "mean-guidance", "wider-modulation", "guidance-at-once",
-                "ema-every-8", "attention-cudnn", "attention-flash", "attention-plain"}
+                "ema-every-8", "attention-cudnn", "attention-flash", "attention-plain",
+                "whole-features-1", "whole-features-3"}
 
 
 def losses(folder) -> list[float]:
@@ -278,6 +280,35 @@ def test_teacher_features_add_to_the_loss_of_a_wrong_student(weight, undo):
         assert further.min() > 1e-3 * plain.splitting.max()
         further.sum().backward()
         assert all(p.grad is None for p in teacher.parameters()) and student.final.out.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("weight", [0.0, 2.0])
+def test_whole_features_add_to_the_loss_of_a_wrong_one_step(weight, undo):
+    torch.manual_seed(0)
+    teacher, student = (DiT("DiT-Nano/4", 8, 1, 3, interval=interval) for interval in (False, True))
+    for weights in (*teacher.parameters(), *student.parameters()):
+        torch.nn.init.normal_(weights, std=0.1)
+    student_patches.whole_features(weight)
+    v = train_student_mnist.guided_as_told(teacher.velocity, 3, (0.0, 1.0))
+    labels = GuidedLabels(torch.arange(6) % 3, torch.full([6], 1.5))
+
+    def u(z, r, t, guided):
+        return student(z, r, t, guided.y)
+
+    z_t, r, t = torch.randn(6, 1, 8, 8), torch.tensor([0.2, 0.2, 0, 0, 0.2, 0.2]), torch.tensor([0.9, 0.9, 1, 1, 0.9, 0.9])
+    args = u, u, v, z_t, r, t, torch.full([6], 0.3), labels, 2, "midpoint", "self", 4.0, 2, 4
+    changed, plain = train_student_mnist.student_loss(*args), student_patches.student_loss(*args)
+    torch.testing.assert_close(changed.boundary, plain.boundary)
+    torch.testing.assert_close(changed.splitting[2:], plain.splitting[2:])
+    further = changed.splitting[:2] - plain.splitting[:2]
+    if weight == 0:
+        torch.testing.assert_close(further, torch.zeros(2))
+    else:
+        assert further.min() > 1e-3 * plain.splitting[:2].max()
+        further.sum().backward()
+        assert all(p.grad is None for p in teacher.parameters()) and student.final.out.weight.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="whole features: needs --one-step-from"):
+        train_student_mnist.student_loss(*args[:-2], 0, 0)
 
 
 @pytest.mark.parametrize(("change", "flags", "message"), [

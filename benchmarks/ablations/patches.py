@@ -42,6 +42,8 @@ PATCHES: dict[str, Callable[[], None]] = {
     "shared-states": student_patches.shared_states,
     "teacher-features-0.3": lambda: student_patches.teacher_features(0.3),
     "teacher-features-1": lambda: student_patches.teacher_features(1),
+    "whole-features-1": lambda: student_patches.whole_features(1),
+    "whole-features-3": lambda: student_patches.whole_features(3),
     "warm-start": lambda: student_patches.warm_start(100),
     "guidance-at-once": speed_patches.guidance_at_once,
     "ema-every-8": lambda: speed_patches.ema_every(8),

@@ -12,8 +12,8 @@ from benchmarks import perfect_student, splitting_bias
 from benchmarks.ablations.changes import STUDENTS, change
 from models import DiT, build_network, dit, student_from_teacher
 from utils import losses
-from utils.flow import pad_like, step
-from utils.guidance import Velocity
+from utils.flow import interpolate, pad_like, step
+from utils.guidance import GuidedLabels, Velocity
 from utils.losses import AverageVelocity, Leg, StudentLoss, in_steps, squared_error, student_loss
 from utils.times import draw_intervals, sampling_intervals
 
@@ -219,6 +219,51 @@ def teacher_features(weight: float, depth: float = 2 / 3, shortest: float = 0.3)
 
     change(STUDENTS, "guided_velocity", guided)
     change([losses], "splitting_target", lambda *args: keep("target", splitting_target(*args)))
+    change(STUDENTS, "student_loss", loss)
+
+
+def whole_features(weight: float, depth: float = 2 / 3, noisiest: float = 0.4) -> None:
+    """Where one step arrives and where `--one-step-from` says that it should are compared as the teacher sees them, too.
+
+    Both get the same noise first, of a time uniform in [0, noisiest] (a diffusion model's own features as a measure of its images: Lin &
+    Yang, arXiv 2401.00110).
+    """
+    kept: dict[str, Any] = {}
+    guided_as_told, in_steps = train_student.guided_as_told, losses.in_steps
+
+    def keep(name: str, value: Any) -> Any:
+        kept[name] = value
+        return value
+
+    def guided(v: Velocity, *args: Any) -> Velocity:
+        keep("teacher", v.__self__).requires_grad_(False)   # gradients go through it, to the student
+        return guided_as_told(v, *args)
+
+    def several(*args: Any) -> AverageVelocity:
+        average = in_steps(*args)
+        return lambda *inputs: keep("wanted", average(*inputs))
+
+    def loss(u: AverageVelocity, u_target: AverageVelocity, v: Velocity, z_t: Tensor, r: Tensor, t: Tensor, share: Tensor,
+             y: GuidedLabels, num_boundary: int, first_leg: Leg, last_leg: Leg, edge_weight: float, num_whole: int,
+             one_step_from: int) -> StudentLoss:
+        if not num_whole:
+            raise ValueError("whole features: needs --one-step-from, at least 2")
+        plain = student_loss(lambda *inputs: keep("made", u(*inputs)), u_target, v, z_t, r, t, share, y, num_boundary, first_leg,
+                             last_leg, edge_weight, num_whole, one_step_from)
+        rows = slice(num_boundary, num_boundary + num_whole)
+        z, y, r, t = z_t[rows], y.y[rows], r[rows], t[rows]
+        eps, noise = torch.randn_like(z), noisiest * torch.rand_like(t)
+
+        def see(velocity: Tensor) -> Tensor:
+            return as_seen(kept["teacher"], interpolate(step(z, r, t, velocity), eps, noise), noise, y, depth)
+
+        with torch.no_grad():
+            wanted = see(kept["wanted"])
+        further = weight * squared_error(see(kept["made"][rows]), wanted) / share[rows].square()
+        return StudentLoss(plain.boundary, torch.cat([plain.splitting[:num_whole] + further, plain.splitting[num_whole:]]))
+
+    change(STUDENTS, "guided_as_told", guided)
+    change([losses], "in_steps", several)
     change(STUDENTS, "student_loss", loss)
 
 
