@@ -221,7 +221,7 @@ def test_judge_says_what_it_is(folder):
 
 
 def test_damage_is_seen_by_the_metric_that_should(folder, capsys):
-    sensitivity.main(["--data", "digits", "--classifier", str(folder / "judge.safetensors"), "--copies", "20", "--out", str(folder / "s"),
+    sensitivity.main(["--data", "digits", "--classifier", str(folder / "judge.safetensors"), "--copies", "40", "--out", str(folder / "s"),
                       "--cache", str(folder / "cache"), "--device", "cpu"])
     lines = [line.split("|")[1:-1] for line in (folder / "s" / "table.md").read_text().splitlines() if line.startswith("|")]
     columns = [cell.strip() for cell in lines[0]]
