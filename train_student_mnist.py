@@ -72,7 +72,7 @@ class Config(RunConfig):
     one_step_from: int = 0                      # target of what is pinned at (0, 1): where so many steps of the student's own lead; 0: legs
     edge_weight: float = 0.0                    # in the losses: of differences between neighbouring pixels; 0 for none
     adaptive_power: float = 0.75                # p of the adaptive weight 1 / (loss + 0.001)^p; 0 is the plain loss
-    target: Literal["online", "ema"] = "online" # network that makes the splitting targets: the student, or a fast EMA of it
+    target: Literal["online", "ema", "start"] = "online"    # makes the student's part of a target: itself, an EMA of it, or its start
     target_decay: float = 0.95                  # of that EMA
     num_steps: tuple[int, ...] = (1, 2, 4)      # sampling steps of the sample grids; the GIF takes the most
 
@@ -96,6 +96,7 @@ class Config(RunConfig):
         require(self, "guidance_scale", self.guidance_range is None or low <= self.guidance_scale <= high,
                 f"in --guidance-range {low:g} {high:g}: it is what the student is told where nothing is said")
         require(self, "last_leg", "self" in (self.first_leg, self.last_leg), f"self where --first-leg is {self.first_leg}")
+        require(self, "target", self.target != "start" or self.start_from is not None, "online or ema without --start-from")
         for field in ("num_steps", "pinned_steps"):
             require(self, field, len(getattr(self, field)) > 0 and min(getattr(self, field)) >= 1, "one or more counts, each at least 1")
         require(self, "one_step_from", self.one_step_from == 0 or (self.one_step_from >= 2 and 0 < self.num_whole < self.num_splitting),
@@ -147,13 +148,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if cfg.start_from and not step_folders(run.checkpoints):
         note_other_teacher(cfg.start_from, start_from(student, cfg.start_from), teacher_id, run.note)
     ema = ModelEmaV3(student, decay=cfg.ema_decay, use_warmup=True, warmup_gamma=9, warmup_power=1, exclude_buffers=True)
-    target_ema = ModelEmaV3(student, decay=cfg.target_decay, exclude_buffers=True) if cfg.target == "ema" else None
+    targets = ModelEmaV3(student, decay=cfg.target_decay, exclude_buffers=True) if cfg.target != "online" else None
     if cfg.shard:
-        shard(ranks, teacher, student, ema.module, *([target_ema.module] if target_ema else []))
+        shard(ranks, teacher, student, ema.module, *([targets.module] if targets else []))
     optimizer = Optimizer(student, cfg.optimizer, cfg.lr, cfg.muon_lr, cfg.weight_decay)
 
     # Go on where an earlier start of the same run stopped.
-    networks = {"ema": ema.module, "raw": student, **({"target": target_ema.module} if target_ema else {})}
+    networks = {"ema": ema.module, "raw": student, **({"target": targets.module} if targets else {})}
     done, seconds = 0, 0.0
     if latest := run.latest(tuple(networks), teacher_id):
         weights, training = latest
@@ -164,9 +165,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     metadata = dict(kind="student", architecture=student.architecture, classes=images.classes, autoencoder=images.autoencoder,
                     teacher=teacher_id, config=to_dict(cfg))
     if cfg.compile and device.type == "cuda":
-        for network in (teacher, student, *([target_ema.module] if target_ema else [])):
+        for network in (teacher, student, *([targets.module] if targets else [])):
             network.compile_blocks()
-    u, u_target = student, target_ema.module if target_ema else student
+    u, u_target = student, targets.module if targets else student
     if cfg.guidance_range:
         u, u_target = told(u), told(u_target)
         v = guided_as_told(teacher.velocity, teacher.null_class, cfg.guidance_interval)
@@ -212,8 +213,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             optimizer.step(lr_factor, skip=meter.record(step, loss=loss, boundary=boundary, splitting=splitting, grad_norm=grad_norm))
             optimizer.zero_grad()
             ema.update(student, step)
-            if target_ema:
-                target_ema.update(student)
+            if cfg.target == "ema":
+                targets.update(student)
             run.advance()
 
             last = step == cfg.steps

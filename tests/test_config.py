@@ -127,6 +127,7 @@ STUDENTS = [
     (["--one-step-from", "4", "--pinned-share", "0"], "--one-step-from 4: must be 0, or at least 2 where --pinned-share"),
     (["--one-step-from", "4", "--pinned-steps", "2"], "--one-step-from 4: must be 0, or at least 2 where --pinned-share"),
     (["--one-step-from", "4", "--pinned-share", "1", "--pinned-steps", "1"], "--one-step-from 4: must be 0", "splitting rows, here"),
+    (["--target", "start"], "--target start: must be online or ema without --start-from"),
     (["--num-steps", "1", "0"], "1 0: must be one or more counts, each at least 1"),
     (["--guidance-interval", "0.8", "0.2"], "0.8 0.2: must be two times, 0 <= low <= high <= 1"),
     (["--guidance-range", "0.5", "2"], "--guidance-range 0.5 2.0: must be two numbers, 1 <= low < high, or None"),

@@ -21,7 +21,7 @@ from utils.optim import Optimizer
 from utils.run_log import Run
 
 
-@pytest.fixture(params=["teacher", "student", "student with EMA target", "student told its guidance"])
+@pytest.fixture(params=["teacher", "student", "student with EMA target", "student with its start as target", "student told its guidance"])
 def stage(request, results, tmp_path):
     """(main, its arguments in a fresh results folder, that run's folder, names of its networks)."""
     if request.param == "teacher":
@@ -30,6 +30,8 @@ def stage(request, results, tmp_path):
         arguments, main, names = [*COMMON, "--teacher", str(results / "teacher-digits")], train_student_mnist.main, ("ema", "raw")
         if "EMA" in request.param:
             arguments, names = [*arguments, "--target", "ema", "--first-leg", "self"], (*names, "target")
+        if "start" in request.param:
+            arguments, names = [*arguments, "--target", "start", "--start-from", str(results / "student-digits")], (*names, "target")
         if "told" in request.param:
             arguments = [*arguments, "--guidance-range", "1", "4"]
     return main, [*arguments, "--results-dir", str(tmp_path)], tmp_path / f"{request.param.split()[0]}-digits", names

@@ -76,6 +76,17 @@ def test_start_from_another_run(results, tmp_path, stage):
     assert max((ours[name] - theirs[name]).abs().max().item() for name in theirs) < 1e-6
 
 
+def test_targets_by_the_start_stand_still(results, tmp_path):
+    """The network that makes them is what the run started from, to the last bit, and the student is not."""
+    train_student_mnist.main([*COMMON, "--teacher", str(results / "teacher-digits"), "--results-dir", str(tmp_path),
+                              "--start-from", str(results / "student-digits"), "--target", "start"])
+    start, _ = load_network(results / "student-digits", DiT)
+    last = step_folders(tmp_path / "student-digits/checkpoints")[-1]
+    for name, alike in (("target", True), ("raw", False)):
+        found = load_network(last / f"{name}.safetensors", DiT)[0].state_dict()
+        assert all(torch.equal(found[key], weight) for key, weight in start.state_dict().items()) == alike
+
+
 @pytest.mark.parametrize("stage", ["teacher", "student"])
 def test_what_a_run_started_from_may_be_gone_when_it_goes_on(results, tmp_path, stage):
     script, flags = train_teacher_mnist, TEACHER
