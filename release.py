@@ -46,14 +46,18 @@ def mean_of(sources: Sequence[Path]) -> tuple[dict[str, Tensor], dict[str, Any]]
         The weights and the metadata of the first, in which "mean_of" lists the ids of all.
 
     Raises:
-        ValueError: one is of another kind, architecture, teacher or classes than the first.
+        ValueError: one is of another kind, architecture, teacher, autoencoder, classes, data or guidance than the first.
     """
+    def same(metadata: dict[str, Any]) -> dict[str, Any]:
+        config = metadata["config"]
+        return ({key: metadata.get(key) for key in ("kind", "architecture", "teacher", "autoencoder", "classes")}
+                | {key: config.get(key) for key in ("data", "guidance_scale", "guidance_interval")})
+
     networks, metadata = zip(*(load_network(source, build_network) for source in sources), strict=True)
     for source, other in zip(sources[1:], metadata[1:], strict=True):
-        for key in ("kind", "architecture", "teacher", "classes"):
-            if other.get(key) != metadata[0].get(key):
-                raise ValueError(f"--mean-with {source} has {key} {other.get(key)}, {sources[0]} {metadata[0].get(key)}: "
-                                 "their mean means nothing")
+        for key, value in same(metadata[0]).items():
+            if same(other)[key] != value:
+                raise ValueError(f"--mean-with {source} has {key} {same(other)[key]}, {sources[0]} {value}: their mean means nothing")
     parts = [network.state_dict() for network in networks]
     weights = {name: torch.stack([part[name].float() for part in parts]).mean(0) for name in parts[0]}
     return weights, metadata[0] | {"mean_of": [weights_id(network) for network in networks]}

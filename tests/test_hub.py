@@ -12,7 +12,7 @@ import release
 import sample
 from models import DiT, SiT, build_network
 from pipeline import SplitMeanFlowPipeline
-from utils.checkpoints import load_network, weights_id, write_weights
+from utils.checkpoints import load_network, read_weights, weights_id, write_weights
 from utils.guidance import guided_velocity
 from utils.sampling import sample_average_velocity, sample_velocity
 
@@ -207,10 +207,16 @@ def test_release_of_a_mean(results, tmp_path):
         assert found.keys() == expected.keys() and all(torch.equal(found[name], weight) for name, weight in expected.items())
     ids = [weights_id(part) for part in parts]
     assert load_network(tmp_path / "mean.safetensors", build_network)[1]["mean_of"] == ids and ids[0] != ids[1]
-    assert f"The mean of the weights {', '.join(ids)}." in (tmp_path / "folder/README.md").read_text()
+    assert f"The mean of the weights {', '.join(ids)}, of runs" in (tmp_path / "folder/README.md").read_text()
     assert load_network(tmp_path / "folder", build_network)[1]["mean_of"] == ids
     with pytest.raises(ValueError, match="has kind teacher, .* student: their mean means nothing"):
         release.main([str(run), str(tmp_path / "x.safetensors"), "--mean-with", str(results / "teacher-digits")])
+    weights, metadata = read_weights(tmp_path / "mean.safetensors")
+    for change, said in (({"teacher": "01234567"}, "teacher 01234567, .* [0-9a-f]{8}"), ({"classes": ["a"]}, r"classes \['a'\], .*"),
+                         ({"config": {**metadata["config"], "guidance_scale": 9}}, r"guidance_scale 9, .* 2\.5")):
+        write_weights(tmp_path / "other.safetensors", weights, metadata | change)
+        with pytest.raises(ValueError, match=f"other.safetensors has {said}: their mean means nothing"):
+            release.main([str(run), str(tmp_path / "x.safetensors"), "--mean-with", str(tmp_path / "other.safetensors")])
     with pytest.raises(FileNotFoundError):
         release.main([str(run), str(tmp_path / "x.safetensors"), "--mean-with", str(tmp_path / "nothing")])
     assert not (tmp_path / "x.safetensors").exists()

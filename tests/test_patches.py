@@ -307,13 +307,26 @@ def test_whole_features_add_to_the_loss_of_a_wrong_one_step(weight, undo):
         assert further.min() > 1e-3 * plain.splitting[:2].max()
         further.sum().backward()
         assert all(p.grad is None for p in teacher.parameters()) and student.final.out.weight.grad.abs().sum() > 0
-    with pytest.raises(ValueError, match="whole features: needs --one-step-from"):
-        train_student_mnist.student_loss(*args[:-2], 0, 0)
+
+    torch.nn.init.zeros_(student.final.out.weight)          # u = 0: one step and four arrive at the same image
+    torch.nn.init.zeros_(student.final.out.bias)
+    torch.testing.assert_close(train_student_mnist.student_loss(*args), student_patches.student_loss(*args))
+
+
+def test_whole_features_in_a_script(plain, undo, tmp_path):
+    flags = ["--teacher", str(plain / "teacher"), "--guidance-range", "1", "4", "--one-step-from", "2", "--pinned-share", "0.6"]
+    train_student_mnist.main([*COMMON, *flags, "--results-dir", str(tmp_path), "--name", "unchanged"])
+    patches.main(["whole-features-1", "train_student_mnist.py", *COMMON, *flags, "--results-dir", str(tmp_path), "--name", "changed"])
+    changed, unchanged = losses(tmp_path / "changed"), losses(tmp_path / "unchanged")
+    assert len(changed) == len(unchanged) and all(torch.tensor(changed).isfinite())
+    assert changed != unchanged
 
 
 @pytest.mark.parametrize(("change", "flags", "message"), [
     ("pin-chain", ["--one-step-from", "2", "--pinned-share", "0.5"], "moved pins: 1 rows must stay"),
     ("teacher-features-1", ["--one-step-from", "2", "--pinned-share", "0.5"], "teacher features: .*without --one-step-from"),
+    ("whole-features-1", [], "the patch whole-features-1 needs --guidance-range and --one-step-from"),
+    ("whole-features-3", ["--one-step-from", "2", "--pinned-share", "0.5"], "the patch whole-features-3 needs --guidance-range$"),
     ("more-to-data", ["--pinned-share", "0.8"], "a share of 0.25 does not fit beside --pinned-share 0.8"),
 ])
 def test_what_a_patch_cannot_do(change, flags, message, plain, undo, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from runs import ROOT, make_images
 
+from benchmarks.ablations import patches
 from utils.config import parse_config
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
@@ -37,9 +38,12 @@ ALL = [(page.relative_to(ROOT).as_posix(), name, flags) for page in PAGES for na
 def test_every_flag_exists(page, name, flags, monkeypatch, tmp_path):
     if any(flag in ("...", "NAME", "CHECKPOINTS") or flag.isupper() for flag in flags):
         pytest.skip("stands for others")
+    if name == "benchmarks.ablations.patches":              # a patch, the script, its flags
+        assert flags[0] in patches.PATCHES
+        name, flags = flags[1].removesuffix(".py").replace("/", "."), flags[2:]
     module = importlib.import_module(name)
     if not hasattr(module, "Config"):                       # demo.prepare and the like, which have no flags
-        assert not flags or name.endswith("patches")
+        assert not flags
         return
     if name == "benchmarks.scaling":                        # its file must be there
         flags = [str(tmp_path) if flag.endswith("rows.json") else flag for flag in flags]

@@ -121,7 +121,8 @@ def draw(sample: Sample, labels: Tensor, shape: tuple[int, ...], seed: int, rank
 def shuffled(images: Images) -> tuple[Tensor, Tensor]:
     """Pixels and labels in the order of a hash of the pixels: the first few are a fair sample, whatever the order of the files."""
     hashes = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images.pixels.numpy()]
-    order = torch.tensor(sorted(range(len(images)), key=lambda i: (hashes[i], int(images.labels[i]))))
+    labels = images.labels.tolist()
+    order = torch.tensor(sorted(range(len(images)), key=lambda i: (hashes[i], labels[i])))
     return images.pixels[order], images.labels[order]
 
 

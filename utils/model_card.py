@@ -88,6 +88,7 @@ def model_card(name: str, metadata: dict[str, Any], weights: str, run: Path, eva
         "## Use", "", USE.format(name=name, call=call + (", num_inference_steps=1" if student else "")), "",
         "## Numbers", "", numbers, "",
         "## Training", "",
-        *([f"The mean of the weights {', '.join(metadata['mean_of'])}. Of the first:", ""] if "mean_of" in metadata else []),
+        *([f"The mean of the weights {', '.join(metadata['mean_of'])}, of runs that may differ. What follows is of the first:", ""]
+          if "mean_of" in metadata else []),
         *training_lines(run, config, metadata["step"]), "",
         "| setting | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in config.items()), ""])

@@ -57,6 +57,8 @@ PATCHES: dict[str, Callable[[], None]] = {
 
 # These change what guidance is, or how a loss handles labels.
 OF_ONE_SCALE = {"guidance-at-once", "soft-guidance", "mean-guidance", "shared-states", "teacher-features-0.3", "teacher-features-1"}
+# And these are for what two flags make.
+NEED = {"whole-features-1": ["--guidance-range", "--one-step-from"], "whole-features-3": ["--guidance-range", "--one-step-from"]}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -65,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"unknown patch {name!r}; known are {', '.join(PATCHES)}")
     if name in OF_ONE_SCALE and "--guidance-range" in flags:
         raise ValueError(f"--guidance-range: the patch {name} knows students of one guidance scale only; leave it out")
+    if missing := [flag for flag in NEED.get(name, ()) if flag not in flags]:
+        raise ValueError(f"the patch {name} needs {' and '.join(missing)}")
     PATCHES[name]()
     importlib.import_module(script.removesuffix(".py").replace("/", ".")).main(flags)
 

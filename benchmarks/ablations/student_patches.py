@@ -225,8 +225,9 @@ def teacher_features(weight: float, depth: float = 2 / 3, shortest: float = 0.3)
 def whole_features(weight: float, depth: float = 2 / 3, noisiest: float = 0.4) -> None:
     """Where one step arrives and where `--one-step-from` says that it should are compared as the teacher sees them, too.
 
-    Both get the same noise first, of a time uniform in [0, noisiest] (a diffusion model's own features as a measure of its images: Lin &
-    Yang, arXiv 2401.00110).
+    For students that are told their guidance. Both images get the same noise first, of a time uniform in [0, noisiest]; it is drawn from
+    the device's own generator: alike on all processes, and anew when a run goes on. (A diffusion model's own features as a measure of
+    its images: Lin & Yang, arXiv 2401.00110.)
     """
     kept: dict[str, Any] = {}
     guided_as_told, in_steps = train_student.guided_as_told, losses.in_steps
@@ -246,8 +247,6 @@ def whole_features(weight: float, depth: float = 2 / 3, noisiest: float = 0.4) -
     def loss(u: AverageVelocity, u_target: AverageVelocity, v: Velocity, z_t: Tensor, r: Tensor, t: Tensor, share: Tensor,
              y: GuidedLabels, num_boundary: int, first_leg: Leg, last_leg: Leg, edge_weight: float, num_whole: int,
              one_step_from: int) -> StudentLoss:
-        if not num_whole:
-            raise ValueError("whole features: needs --one-step-from, at least 2")
         plain = student_loss(lambda *inputs: keep("made", u(*inputs)), u_target, v, z_t, r, t, share, y, num_boundary, first_leg,
                              last_leg, edge_weight, num_whole, one_step_from)
         rows = slice(num_boundary, num_boundary + num_whole)
