@@ -1,5 +1,6 @@
 """Tiny runs of the scripts, images to run them on, and how two runs are compared."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,11 @@ def everything(folder: Path, names=("ema", "raw"), steps: int = STEPS) -> dict[s
         for index, state in part["state"].items():
             tensors.update({f"optimizer{i}.{index}.{key}": value for key, value in state.items()})
     return tensors
+
+
+def losses(folder: Path) -> list[float]:
+    """Of a run, line by line of its metrics."""
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def assert_same(folder: Path, other: Path, names=("ema", "raw")) -> None:

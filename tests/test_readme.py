@@ -25,7 +25,7 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
     found = []
     for line in lines:
         for part in line.split("  #")[0].split("&&"):
-            match = re.search(r"(?:python|torchrun.*|uv run(?: python)?) (?:-m (?P<module>[\w.]+)|(?P<script>\w+)\.py)(?P<flags>.*)", part)
+            match = re.search(r"(?:python|torchrun.*?|uv run(?: python)?) (?:-m (?P<module>[\w.]+)|(?P<script>\w+)\.py)(?P<flags>.*)", part)
             if match:
                 found.append((match["module"] or match["script"], shlex.split(match["flags"])))
     return found

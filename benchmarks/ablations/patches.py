@@ -43,7 +43,6 @@ PATCHES: dict[str, Callable[[], None]] = {
     "teacher-features-0.3": lambda: student_patches.teacher_features(0.3),
     "teacher-features-1": lambda: student_patches.teacher_features(1),
     "whole-features-1": lambda: student_patches.whole_features(1),
-    "whole-features-3": lambda: student_patches.whole_features(3),
     "warm-start": lambda: student_patches.warm_start(100),
     "guidance-at-once": speed_patches.guidance_at_once,
     "ema-every-8": lambda: speed_patches.ema_every(8),
@@ -57,8 +56,8 @@ PATCHES: dict[str, Callable[[], None]] = {
 
 # These change what guidance is, or how a loss handles labels.
 OF_ONE_SCALE = {"guidance-at-once", "soft-guidance", "mean-guidance", "shared-states", "teacher-features-0.3", "teacher-features-1"}
-# And these are for what two flags make.
-NEED = {"whole-features-1": ["--guidance-range", "--one-step-from"], "whole-features-3": ["--guidance-range", "--one-step-from"]}
+# And this one is for what two flags make.
+NEED = {"whole-features-1": ["--guidance-range", "--one-step-from"]}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

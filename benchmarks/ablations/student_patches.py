@@ -189,27 +189,36 @@ def as_seen(teacher: DiT, z: Tensor, t: Tensor, y: Tensor, share: float) -> Tens
     return dit.rms_norm(x).float()
 
 
+class Kept(dict[str, Any]):
+    """What a function returned last, by a name, for a loss that needs it too."""
+
+    def keep(self, name: str, value: Any) -> Any:
+        self[name] = value
+        return value
+
+    def keep_teacher(self, guiding: str) -> None:
+        """The teacher, from what the scripts call by the name `guiding`. Gradients go through it to the student, not to its weights."""
+        guide = getattr(train_student, guiding)
+
+        def guided(v: Velocity, *args: Any) -> Velocity:
+            self.keep("teacher", v.__self__).requires_grad_(False)
+            return guide(v, *args)
+
+        change(STUDENTS, guiding, guided)
+
+
 def teacher_features(weight: float, depth: float = 2 / 3, shortest: float = 0.3) -> None:
     """Where the student arrives and where it should are compared as the teacher sees them, too (cf. Lin & Yang, arXiv 2401.00110).
 
     Distances of features are divided by the interval, as those of velocities are of images'; `shortest` bounds what that does to rounding.
     """
-    kept: dict[str, Any] = {}
-    guided_velocity, splitting_target = train_student.guided_velocity, losses.splitting_target
-
-    def keep(name: str, value: Any) -> Any:
-        kept[name] = value
-        return value
-
-    def guided(v: Velocity, *args: Any) -> Velocity:
-        keep("teacher", v.__self__).requires_grad_(False)   # gradients go through it, to the student
-        return guided_velocity(v, *args)
+    kept, splitting_target = Kept(), losses.splitting_target
 
     def loss(u: AverageVelocity, u_target: AverageVelocity, v: Velocity, z_t: Tensor, r: Tensor, t: Tensor, share: Tensor,
              y: Tensor, num_boundary: int, *rest: Any) -> StudentLoss:
         if any(rest[3:]):                                   # num_whole and one_step_from
             raise ValueError("teacher features: all splitting rows need targets from legs, without --one-step-from")
-        plain = student_loss(lambda *inputs: keep("made", u(*inputs)), u_target, v, z_t, r, t, share, y, num_boundary, *rest)
+        plain = student_loss(lambda *inputs: kept.keep("made", u(*inputs)), u_target, v, z_t, r, t, share, y, num_boundary, *rest)
         z, r, t, y, made, share = (rows[num_boundary:] for rows in (z_t, r, t, y, kept["made"], share))
         seen = as_seen(kept["teacher"], step(z, r, t, made), r, y, depth)
         with torch.no_grad():
@@ -217,8 +226,8 @@ def teacher_features(weight: float, depth: float = 2 / 3, shortest: float = 0.3)
         further = squared_error(seen, wanted) / (t - r).clamp(min=shortest).square()
         return StudentLoss(plain.boundary, plain.splitting + weight * further / share.square())
 
-    change(STUDENTS, "guided_velocity", guided)
-    change([losses], "splitting_target", lambda *args: keep("target", splitting_target(*args)))
+    kept.keep_teacher("guided_velocity")
+    change([losses], "splitting_target", lambda *args: kept.keep("target", splitting_target(*args)))
     change(STUDENTS, "student_loss", loss)
 
 
@@ -229,25 +238,16 @@ def whole_features(weight: float, depth: float = 2 / 3, noisiest: float = 0.4) -
     the device's own generator: alike on all processes, and anew when a run goes on. (A diffusion model's own features as a measure of
     its images: Lin & Yang, arXiv 2401.00110.)
     """
-    kept: dict[str, Any] = {}
-    guided_as_told, in_steps = train_student.guided_as_told, losses.in_steps
-
-    def keep(name: str, value: Any) -> Any:
-        kept[name] = value
-        return value
-
-    def guided(v: Velocity, *args: Any) -> Velocity:
-        keep("teacher", v.__self__).requires_grad_(False)   # gradients go through it, to the student
-        return guided_as_told(v, *args)
+    kept = Kept()
 
     def several(*args: Any) -> AverageVelocity:
         average = in_steps(*args)
-        return lambda *inputs: keep("wanted", average(*inputs))
+        return lambda *inputs: kept.keep("wanted", average(*inputs))
 
     def loss(u: AverageVelocity, u_target: AverageVelocity, v: Velocity, z_t: Tensor, r: Tensor, t: Tensor, share: Tensor,
              y: GuidedLabels, num_boundary: int, first_leg: Leg, last_leg: Leg, edge_weight: float, num_whole: int,
              one_step_from: int) -> StudentLoss:
-        plain = student_loss(lambda *inputs: keep("made", u(*inputs)), u_target, v, z_t, r, t, share, y, num_boundary, first_leg,
+        plain = student_loss(lambda *inputs: kept.keep("made", u(*inputs)), u_target, v, z_t, r, t, share, y, num_boundary, first_leg,
                              last_leg, edge_weight, num_whole, one_step_from)
         rows = slice(num_boundary, num_boundary + num_whole)
         z, y, r, t = z_t[rows], y.y[rows], r[rows], t[rows]
@@ -261,7 +261,7 @@ def whole_features(weight: float, depth: float = 2 / 3, noisiest: float = 0.4) -
         further = weight * squared_error(see(kept["made"][rows]), wanted) / share[rows].square()
         return StudentLoss(plain.boundary, torch.cat([plain.splitting[:num_whole] + further, plain.splitting[num_whole:]]))
 
-    change(STUDENTS, "guided_as_told", guided)
+    kept.keep_teacher("guided_as_told")
     change([losses], "in_steps", several)
     change(STUDENTS, "student_loss", loss)
 
