@@ -8,6 +8,8 @@ is not counted. `benchmarks.throughput` measures.
 
 from typing import Any
 
+import torch
+
 from benchmarks.throughput import forward_flops
 from models import DiT
 
@@ -19,9 +21,11 @@ SIZE, CHANNELS, CLASSES = 32, 4, 1000                       # 256 x 256 pixels b
 def rows(models: list[str]) -> list[dict[str, Any]]:
     """Parameters, operations of one forward pass, and images/s of each network; the first one is the measured one."""
     flops = [forward_flops(model, SIZE, CHANNELS) for model in models]
-    return [{"model": model, "parameters": sum(p.numel() for p in DiT(model, SIZE, CHANNELS, CLASSES).parameters()), "flops": each,
+    with torch.device("meta"):                              # sizes only
+        networks = [DiT(model, SIZE, CHANNELS, CLASSES) for model in models]
+    return [{"model": model, "parameters": sum(p.numel() for p in network.parameters()), "flops": each,
              "times": each / flops[0], **{stage: speed * flops[0] / each for stage, speed in MEASURED.items()}}
-            for model, each in zip(models, flops)]
+            for model, network, each in zip(models, networks, flops)]
 
 
 def main() -> None:

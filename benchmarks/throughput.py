@@ -112,9 +112,8 @@ def write_images(folder: Path, size: int, count: int = 2048) -> None:
 
 def forward_flops(model: str, image_size: int, num_channels: int = 3) -> float:
     """Floating-point operations of one image's forward pass, matrix products only, two for a multiply and add."""
-    network = DiT(model, image_size, num_channels, CLASSES, interval=True)
-    one = torch.zeros(1)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with torch.device("meta"), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        network, one = DiT(model, image_size, num_channels, CLASSES, interval=True), torch.zeros(1)
         network(torch.zeros(1, num_channels, image_size, image_size), one, one, one.long())
     return float(counter.get_total_flops())
 
