@@ -88,7 +88,10 @@ def save_curves(path: Path, folder: Path) -> None:
     for prefix in ("fd", "accuracy"):
         panels += [(evaluations, keys)] if evaluations and (keys := [key for key in evaluations[0] if key.startswith(prefix)]) else []
     plt = pyplot()
-    figure, axes = plt.subplots(-(-len(panels) // 2), 2, figsize=(10, 3.25 * -(-len(panels) // 2)), layout="constrained")
+    num_rows = -(-len(panels) // 2)
+    height = 3.25 * num_rows                    # inches, as the margins; a layout that matplotlib looks for takes three times as long
+    margins = dict(left=0.07, right=0.985, bottom=0.5 / height, top=1 - 0.35 / height, wspace=0.17, hspace=0.35)
+    figure, axes = plt.subplots(num_rows, 2, figsize=(10, height), gridspec_kw=margins)
     for axis, (lines, keys) in zip(axes.flat, panels):
         for key in keys:
             axis.plot([line["step"] for line in lines], [line[key] for line in lines], label=key, linewidth=1)
