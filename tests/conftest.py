@@ -12,6 +12,12 @@ from benchmarks.ablations import network_patches, patches, speed_patches, studen
 torch.set_num_threads(1)          # the networks are tiny: threads would only wait for each other
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """What a test draws without a generator of its own is the same alone, in the whole suite and on any worker."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def draw() -> torch.Generator:
     return torch.Generator().manual_seed(0)

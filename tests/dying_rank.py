@@ -12,6 +12,8 @@ import signal
 import sys
 from pathlib import Path
 
+import runs  # noqa: F401 (its preset)
+
 from utils.run_log import Run
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,13 @@ from utils.losses import splitting_target
 TINY = ["--model", "DiT-Nano/8", "--image-size", "16", "--batch-size", "16", "--device", "cpu"]
 
 
+@pytest.fixture(autouse=True)
+def few_images(monkeypatch):
+    """64 random images for each benchmark, not 2,048."""
+    for module in (throughput, profile_step):
+        monkeypatch.setattr(module, "write_images", partial(throughput.write_images, count=64))
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
@@ -28,9 +36,9 @@ def images(tmp_path_factory):
     (meanflow, []),
 ])
 def test_rivals_train(module, flags, images, tmp_path):
-    module.main([*TINY, *flags, "--data", str(images), "--steps", "60", "--log-every", "20", "--results-dir", str(tmp_path), "--name", "a"])
+    module.main([*TINY, *flags, "--data", str(images), "--steps", "30", "--log-every", "10", "--results-dir", str(tmp_path), "--name", "a"])
     rows = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [20, 40, 60] and all(row["images_per_second"] > 0 for row in rows)
+    assert [row["step"] for row in rows] == [10, 20, 30] and all(row["images_per_second"] > 0 for row in rows)
     if module is textbook:                                  # MeanFlow's weighted loss is no measure of progress
         assert rows[-1]["loss"] < rows[0]["loss"]
 

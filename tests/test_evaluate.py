@@ -22,12 +22,12 @@ from utils.evaluation import classifier_judge
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A judge of the digits, and an untrained teacher and student of Nano size."""
+    """A judge of the digits, and a small untrained teacher and student."""
     folder = tmp_path_factory.mktemp("evaluate")
     train_classifier.main(["--data", "digits", "--out", str(folder / "judge.safetensors"), "--epochs", "12", "--width", "8",
                            "--min-accuracy", "0.9", "--device", "cpu"])
     torch.manual_seed(0)
-    teacher = DiT("DiT-Nano/4", 8, 1, 10)
+    teacher = DiT("DiT-Test/4", 8, 1, 10)
     for weight in (teacher.final.out.weight, teacher.final.modulation.up.weight):           # or it would be zero, whatever the label
         torch.nn.init.normal_(weight, std=0.02)
     config = {"data": "digits", "guidance_scale": 1.5, "guidance_interval": [0.0, 1.0], "global_batch_size": 8, "seed": 0}
@@ -72,7 +72,7 @@ def test_student(folder, capsys):
 
 def test_a_teacher_is_checked_before_work_starts(folder, capsys):
     """One of another size is refused; another one of its size is told of; a teacher's checkpoint has none."""
-    for name, network in (("larger", DiT("DiT-Nano/4", 16, 1, 10)), ("other", DiT("DiT-Nano/4", 8, 1, 10))):
+    for name, network in (("larger", DiT("DiT-Test/4", 16, 1, 10)), ("other", DiT("DiT-Test/4", 8, 1, 10))):
         write_weights(folder / f"{name}.safetensors", network.state_dict(),
                       dict(kind="teacher", architecture=network.architecture, classes=[], config={}, step=1))
     weights, metadata = read_weights(folder / "student-digits.safetensors")

@@ -14,8 +14,7 @@ import torch
 
 import export
 from demo import prepare, reference
-from models import PRESETS, DiT
-from models.dit import Preset
+from models import DiT
 from utils import onnx_graph
 from utils.checkpoints import write_weights
 from utils.data import to_pixels
@@ -24,7 +23,7 @@ from utils.sampling import sample_average_velocity
 
 @pytest.fixture(scope="module", autouse=True)
 def fast_translation():
-    """Translating takes many seconds: a small network, whose one step all tests share."""
+    """Translating takes many seconds: all tests share one step of a network."""
     real, once = onnx_graph.to_onnx, []
 
     def to_onnx(*args, **kwargs):
@@ -33,7 +32,6 @@ def fast_translation():
         return copy.deepcopy(once[0])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PRESETS, "DiT-Test/4", (Preset(depth=2, width=32, num_heads=2), 4))
         patch.setattr(export, "to_onnx", to_onnx)
         yield
 

@@ -52,7 +52,7 @@ def test_a_folder_is_read_where_a_checkpoint_is(results, folder, tmp_path):
 def test_the_card_says_what_the_run_recorded(folder):
     card = huggingface_hub.ModelCard.load(folder / "README.md")
     assert card.data.license == "mit" and "few-step" in card.data.tags
-    for text in ("| 1 step | 123.4 |", "DiT-Nano/4", "6 updates of 16 images of `digits`", "\n    python ", "on cpu: ", "| seed | 0 |",
+    for text in ("| 1 step | 123.4 |", "DiT-Test/4", "6 updates of 16 images of `digits`", "\n    python ", "on cpu: ", "| seed | 0 |",
                  'from_pretrained("digits")', "Training took"):
         assert text in card.text, text
     assert "/tmp" not in card.text.split("## Training")[0]
@@ -125,7 +125,7 @@ def test_saving_a_pipeline(folder, tmp_path):
     pipe.save_pretrained(tmp_path / "again")
     again = SplitMeanFlowPipeline.from_pretrained(tmp_path / "again")
     assert again.information == pipe.information and again.classes == [str(digit) for digit in range(10)]
-    assert json.loads((tmp_path / "again/config.json").read_text())["preset"] == "DiT-Nano/4"
+    assert json.loads((tmp_path / "again/config.json").read_text())["preset"] == "DiT-Test/4"
     network, metadata = load_network(tmp_path / "again", build_network)          # and sample.py reads it
     assert metadata == {"architecture": network.architecture, **pipe.information}
 

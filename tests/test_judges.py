@@ -44,7 +44,6 @@ def test_judge_needs_held_out_images(tmp_path):
 
 @pytest.mark.parametrize("size", [8, 28, 32])
 def test_classifier_reads_every_size(size):
-    torch.manual_seed(0)
     network = Classifier(3, 5, 4).eval()
     x = torch.randn(2, 3, size, size)
     features, logits = network.see(x)
@@ -54,7 +53,6 @@ def test_classifier_reads_every_size(size):
 
 def test_first_layer_whitens():
     """On the images it was set with, the filters' outputs have mean 0, variance 1, and no correlation but with their negatives."""
-    torch.manual_seed(0)
     x = torch.nn.functional.avg_pool2d(torch.randn(400, 3, 20, 20), 3, 1) * 0.7 - 0.4       # neighbours are alike, as in images
     network = Classifier(3, 5, 4)
     network.set_whitening(x)

@@ -242,7 +242,6 @@ def test_edges():
 
 def test_edges_in_both_losses():
     """Boundary and splitting rows alike; the residual is divided by the teacher's share as before."""
-    torch.manual_seed(0)
     z_t, y = torch.randn(8, 1, 4, 4), torch.zeros(8).long()
     t, share = torch.rand(8) / 2 + 0.5, torch.full((8,), 0.3)
     r = t / 2

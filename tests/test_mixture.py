@@ -17,7 +17,7 @@ from utils.schedules import learning_rate_factor
 from utils.times import draw_intervals, draw_lam, draw_times
 
 MODES = torch.tensor([[[1.0, 1.0], [-1.0, 1.0]], [[1.0, -1.0], [-1.0, -1.0]]])         # (class, mode, 2)
-SD, NULL, BATCH = 0.1, 2, 512
+SD, NULL, BATCH = 0.1, 2, 256
 
 
 class Net(nn.Module):
@@ -66,7 +66,7 @@ def networks() -> tuple[Net, Net]:
         y = drop_labels(y, NULL, 0.1, torch.rand(BATCH, generator=draw))
         return flow_matching_loss(teacher.velocity, x, eps, draw_times(BATCH, "uniform", draw), y).mean()
 
-    train(teacher, teacher_loss, 1500)
+    train(teacher, teacher_loss, 1000)
     student, n = copy.deepcopy(teacher), BATCH // 2
     v = guided_velocity(teacher.velocity, NULL, 1.5)
 
@@ -78,7 +78,7 @@ def networks() -> tuple[Net, Net]:
         parts = student_loss(student, student, v, interpolate(x, eps, t), r, t, lam, y, n, first_leg="midpoint")
         return torch.cat(parts).mean()
 
-    train(student, loss, 2500)
+    train(student, loss, 1500)
     return teacher, student
 
 

@@ -58,7 +58,6 @@ def test_compile_whole(undo, monkeypatch):
 
 
 def test_long_skips_start_as_the_plain_network(undo):
-    torch.manual_seed(0)
     plain = DiT("DiT-Nano/4", 8, 1, 10)
     patches.PATCHES["long-skips"]()
     changed = DiT("DiT-Nano/4", 8, 1, 10)
@@ -78,7 +77,6 @@ def test_long_skips_start_as_the_plain_network(undo):
 
 
 def test_nearest_noise_is_nearer_and_still_noise():
-    torch.manual_seed(0)
     x, eps = torch.rand(4000, 1, 2, 2) * 2 - 1, torch.randn(4000, 1, 2, 2)
     near = network_patches.nearest(x, eps, 4)
     distances = [(e - x).flatten(1).norm(dim=1).mean() for e in (near, eps)]
@@ -225,7 +223,6 @@ def test_mean_guidance_of_a_leg_is_that_of_its_parts(leg, undo):
 
 
 def test_wider_modulation_starts_as_the_teacher(plain, undo, tmp_path):
-    torch.manual_seed(0)
     teacher, batch_of_two = DiT("DiT-Nano/4", 8, 1, 10), (torch.randn(2, 1, 8, 8), torch.rand(2), torch.ones(2), torch.tensor([3, 10]))
     with torch.no_grad():
         for p in teacher.parameters():

@@ -97,13 +97,14 @@ def test_kill_during_a_checkpoint_write(results, tmp_path):
     arguments = [*TEACHER, "--results-dir", str(tmp_path)]
     program = (
         "import itertools, os, signal, sys, torch\n"
-        "import train_teacher_mnist\n"
+        "import runs, train_teacher_mnist\n"
         "torch.set_num_threads(2)\n"
         "count, save = itertools.count(1), torch.save\n"
         "torch.save = lambda *a: os.kill(os.getpid(), signal.SIGKILL) if next(count) == 3 else save(*a)\n"
         "train_teacher_mnist.main(sys.argv[1:])\n"
     )
-    done = subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT / "tests")})
     checkpoints = tmp_path / "teacher-digits/checkpoints"
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert sorted(path.name for path in checkpoints.iterdir()) == [".step_00000006.writing", "step_00000002", "step_00000004"]
@@ -146,9 +147,9 @@ def by_two_processes(*script: str, timeout: float | None = None) -> subprocess.C
 
 
 @pytest.fixture(scope="module")
-def twenty(results, tmp_path_factory):
-    """Run folders of 20 updates by one process, by two, and by two that split the networks (FSDP2), all from one launch."""
-    longer = ["--steps", "20", "--save-every", "4", "--keep", "5", "--sample-every", "20"]
+def twelve(results, tmp_path_factory):
+    """Run folders of 12 updates by one process, by two, and by two that split the networks (FSDP2), all from one launch."""
+    longer = ["--steps", "12", "--save-every", "4", "--keep", "3", "--sample-every", "12"]
     arguments = {"teacher": [*TEACHER, *longer], "student": [*COMMON, *longer, "--teacher", str(results / "teacher-digits")]}
     folders = {way: tmp_path_factory.mktemp(way) for way in ("one", "two", "split")}
     train_teacher_mnist.main([*arguments["teacher"], "--results-dir", str(folders["one"])])
@@ -159,7 +160,7 @@ def twenty(results, tmp_path_factory):
         for folder in step_folders(folders[way] / "teacher-digits/checkpoints"):
             if folder.name != "step_00000004":
                 shutil.rmtree(folder)
-    apart = {"two": [], "split": ["--shard", "True", "--sample-every", "10"]}           # samples between updates, too
+    apart = {"two": [], "split": ["--shard", "True", "--sample-every", "6"]}            # samples between updates, too
     jobs = [[f"train_{stage}_mnist", *arguments[stage], "--results-dir", str(folders[way]), *apart[way]]
             for way in ("two", "split") for stage in arguments]
     with_target = [*arguments["student"], "--steps", "4", "--target", "ema", "--guidance-range", "1", "4", "--extra-blocks", "2",
@@ -169,7 +170,7 @@ def twenty(results, tmp_path_factory):
     jobs.append(["train_student_mnist", *with_target, str(folders["split"]), "--shard", "True"])
     done = by_two_processes("tests/two_processes.py", json.dumps(jobs))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("finished 20 updates") == 4                        # only rank 0 speaks
+    assert done.stdout.count("finished 12 updates") == 4                        # only rank 0 speaks
     assert done.stdout.count("going on after step 4") == 2
     return folders
 
@@ -182,21 +183,21 @@ def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
 
 @pytest.mark.parametrize("way", ["two", "split"])
 @pytest.mark.parametrize("stage", ["teacher", "student"])
-def test_two_processes_equal_one(twenty, stage, way):
-    one, other = twenty["one"] / f"{stage}-digits", twenty[way] / f"{stage}-digits"
-    assert_close(everything(one, steps=20), everything(other, steps=20))
+def test_two_processes_equal_one(twelve, stage, way):
+    one, other = twelve["one"] / f"{stage}-digits", twelve[way] / f"{stage}-digits"
+    assert_close(everything(one, steps=12), everything(other, steps=12))
     rows, other_rows = ([json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (one, other))
     for name in ("loss", "grad_norm"):
         assert [row[name] for row in rows] == pytest.approx([row[name] for row in other_rows], rel=1e-3)
 
 
-def test_split_target_network_equals_a_whole_one(twenty):
-    assert_close(*(everything(twenty[way] / "student-target", ("ema", "raw", "target"), steps=4) for way in ("one", "split")))
+def test_split_target_network_equals_a_whole_one(twelve):
+    assert_close(*(everything(twelve[way] / "student-target", ("ema", "raw", "target"), steps=4) for way in ("one", "split")))
 
 
-def test_what_two_processes_split_one_goes_on_with(twenty, results, monkeypatch):
+def test_what_two_processes_split_one_goes_on_with(twelve, results, monkeypatch):
     """A checkpoint of split networks is whole: it loads into one process, bit for bit."""
-    folder = twenty["split"] / "student-digits"
+    folder = twelve["split"] / "student-digits"
     weights, training = read_checkpoint(step_folders(folder / "checkpoints")[-1], ("ema", "raw"))
     student, _ = load_network(folder, DiT)
     assert weights["ema"].keys() == student.state_dict().keys()

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 
+import runs  # noqa: F401 (its preset)
 import torch.distributed as dist
 
 from utils import distributed
