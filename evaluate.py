@@ -14,7 +14,7 @@ student, residual.png into --out.
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
@@ -134,6 +134,9 @@ def rows_of(network: DiT | SiT, student: bool, cfg: Config) -> list[tuple[str, i
             for n in cfg.num_steps or (25,) for w in cfg.guidance_scale or (1.0,)]
 
 
+Rows = Callable[[DiT | SiT, bool, Config], list[tuple[str, int, float | None, Sample]]]
+
+
 def find_own_teacher(checkpoint: str, teacher: str | None) -> Path | None:
     """The teacher a student was made from: as given, in its run folder, or beside its released file; None if it is in none."""
     if teacher is not None:
@@ -192,8 +195,9 @@ def free_folder(folder: Path, config: dict[str, Any]) -> Path:
 
 
 @torch.no_grad()
-def main(argv: Sequence[str] | None = None) -> None:
-    cfg = parse_config(Config, argv, __doc__)
+def main(argv: Sequence[str] | None = None, config: type[Config] = Config, rows_of: Rows = rows_of, text: str | None = __doc__) -> None:
+    """config, rows_of, text: flags, rows and help of a program that measures other samplers by this protocol."""
+    cfg = parse_config(config, argv, text)
     ranks = distributed.start(cfg.device)
     network, metadata = load_network(cfg.checkpoint, build_network, ranks.device)
     student = metadata["kind"] == "student"

@@ -3,72 +3,60 @@
     python -m benchmarks.perfect_student results/teacher-cifar10 --share 0.1 0.3 0.5 --guidance-scale 1.5 2 --guidance-interval 0.2 0.8
 
 The real student's distance from this is what training longer can gain; what remains is for the teacher, its guidance and the leg's share
-to gain. Frechet distance and class accuracy as in a training run's quick evaluation: few samples, always from the same noise.
+to gain. Measured as evaluate.py measures, whose flags it has, and written where that writes.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
 
-import torch
-import tyro
-
-from benchmarks.splitting_bias import solve
-from models import Classifier, build_network
-from utils import distributed
-from utils.checkpoints import load_network
-from utils.config import check_interval, parse_config, require
-from utils.data import check_guidance, load_images
-from utils.evaluation import QuickEvaluation
+import evaluate
+from benchmarks.splitting_bias import solve, unrolled_times
+from models import DiT, SiT
+from utils.config import require
+from utils.evaluation import Sample
 from utils.guidance import guided_velocity
 from utils.losses import Leg
 
 
 @dataclass(frozen=True)
-class Config:
-    teacher: Annotated[str, tyro.conf.Positional]           # file, checkpoint or run folder
+class Config(evaluate.Config):
+    guidance_scale: tuple[float, ...] = (2.0,)  # of the teacher's velocity, a row each
     first_leg: Leg = "midpoint"                 # as for train_student.py: one of the two is the teacher's
     last_leg: Leg = "self"
-    share: tuple[float, ...] = (0.3,)           # of the interval that this leg takes
-    guidance_scale: tuple[float, ...] = (2.0,)  # of the teacher's velocity
-    guidance_interval: tuple[float, float] = (0.0, 1.0)     # times at which it is guided
+    share: tuple[float, ...] = (0.3,)           # of the interval that this leg takes, a row each
     least: float = 0.02                         # below this length one step takes all that remains
-    num_images: int = 5_000                     # samples of each row
-    data_root: str = "data"                     # where mnist and cifar10 are
-    classifier: str | None = None               # file of train_classifier.py; None: the released one of the data set
-    results_dir: str = "results"                # keeps the training split's features
-    device: str = "auto"                        # auto, cuda, cpu
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for field in ("share", "guidance_scale"):
             require(self, field, len(getattr(self, field)) > 0, "one or more values")
         require(self, "share", all(0 < share <= 1 for share in self.share), "in (0, 1]")
         require(self, "least", 0 < self.least < 1, "in (0, 1)")
         require(self, "last_leg", (self.first_leg == "self") != (self.last_leg == "self"), "self if --first-leg is not, and only then")
-        check_interval(self, "guidance_interval")
+        require(self, "num_steps", not self.num_steps, "left out: --share decides how many there are")
+        require(self, "method", self.method == "euler", "left out: the leg is the solver")
+
+
+def rows_of(network: DiT | SiT, student: bool, cfg: Config) -> list[tuple[str, int, float, Sample]]:
+    """As `evaluate.rows_of`, a row for each guidance and share. A midpoint step takes 2 evaluations, guided ones twice as many."""
+    if student:
+        raise ValueError(f"{cfg.checkpoint} is a student; a teacher's flow is solved here")
+    last, (low, high) = cfg.last_leg != "self", cfg.guidance_interval
+    leg = cfg.last_leg if last else cfg.first_leg
+    rows = []
+    for w in cfg.guidance_scale:
+        v = guided_velocity(network.velocity, network.null_class, w, cfg.guidance_interval)
+        for share in cfg.share:
+            num_steps = len(unrolled_times(share, last, cfg.least)) - 1
+            rows.append((f"{'last' if last else 'first'} leg {leg}, share {share:g}, guidance {w:g} at {low:g} to {high:g}",
+                         num_steps * {"euler": 1, "midpoint": 2}[leg] * (1 if w == 1 else 2), w,
+                         partial(solve, v, share=share, first_leg=cfg.first_leg, last_leg=cfg.last_leg, least=cfg.least)))
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    cfg = parse_config(Config, argv, __doc__)
-    ranks = distributed.start(cfg.device)
-    teacher, metadata = load_network(cfg.teacher, build_network, ranks.device)
-    if metadata["kind"] != "teacher":
-        raise ValueError(f"{cfg.teacher} is a {metadata['kind']}; a teacher's flow is solved here")
-    images = load_images(metadata["config"]["data"], cfg.data_root, metadata["architecture"]["image_size"])
-    check_guidance(images, cfg.guidance_scale)
-    evaluate = QuickEvaluation(cfg.classifier, Classifier, images, ranks, cfg.results_dir, cfg.num_images)
-    if ranks.device.type == "cuda":
-        teacher.compile_blocks()
-    print(f"n = {cfg.num_images}, guidance at times {cfg.guidance_interval[0]:g} to {cfg.guidance_interval[1]:g}\n\n"
-          "| guidance | first leg | last leg | share | FD | class accuracy |\n|---|---|---|---|---|---|")
-    for w, share in itertools.product(cfg.guidance_scale, cfg.share):
-        v = guided_velocity(teacher.velocity, teacher.null_class, w, cfg.guidance_interval)
-        with torch.no_grad():
-            found = evaluate({"row": partial(solve, v, share=share, first_leg=cfg.first_leg, last_leg=cfg.last_leg, least=cfg.least)})
-        accuracy = found.get("accuracy_row", float("nan"))
-        print(f"| {w:g} | {cfg.first_leg} | {cfg.last_leg} | {share:g} | {found['fd_row']:.3f} | {accuracy:.3f} |", flush=True)
+    evaluate.main(argv, Config, rows_of, __doc__)
 
 
 if __name__ == "__main__":

@@ -141,19 +141,31 @@ def test_teacher_rows_count_guided_evaluations_twice(folder):
     assert heun["rows"][0]["frechet_distance"] != result["rows"][0]["frechet_distance"]
 
 
-def test_a_perfect_student_is_its_teacher_in_a_few_steps(folder, capsys):
-    flags = ["--classifier", str(folder / "judge.safetensors"), "--num-images", "300", "--results-dir", str(folder), "--device", "cpu",
-             "--guidance-scale", "2", "--guidance-interval", "0.5", "1"]
+def test_a_perfect_student_is_its_teacher_in_a_few_steps(folder):
+    flags = ["--classifier", str(folder / "judge.safetensors"), "--num-images", "300", "--seeds", "1", "--cache", str(folder / "cache"),
+             "--device", "cpu", "--guidance-scale", "2", "--guidance-interval", "0.5", "1"]
     teacher, rows = str(folder / "teacher-digits.safetensors"), []
-    for legs in (["midpoint", "self"], ["euler", "self"], ["self", "midpoint"]):
-        perfect_student.main([teacher, "--share", "1", "0.5", "--first-leg", legs[0], "--last-leg", legs[1], *flags])
-        rows += [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| 2 |")]
-        assert [row[1:4] for row in rows[-2:]] == [[*legs, "1"], [*legs, "0.5"]]
-    distances = [row[4] for row in rows]
+    for i, legs in enumerate((["midpoint", "self"], ["euler", "self"], ["self", "midpoint"])):
+        out = folder / f"perfect{i}"
+        perfect_student.main([teacher, "--share", "1", "0.5", "--first-leg", legs[0], "--last-leg", legs[1], "--out", str(out), *flags])
+        rows += json.loads((out / "metrics.json").read_text())["rows"]
+    assert [row["evaluations"] for row in rows] == [4, 28, 2, 14, 4, 28]        # 1 and 7 steps, 2 evaluations of a midpoint, guided
+    assert rows[5]["name"] == "last leg midpoint, share 0.5, guidance 2 at 0.5 to 1"
+    distances = [next(value["mean"] for key, value in row.items() if key.startswith("frechet_distance")) for row in rows]
     assert distances[0] == distances[4]                                         # one step from end to end, whichever leg it is called
     assert len(set(distances)) >= 4                                             # otherwise they are not one solver, if barely trained
-    with pytest.raises(ValueError, match="student-digits.safetensors is a student; a teacher's flow is solved here"):
-        perfect_student.main([str(folder / "student-digits.safetensors"), *flags])
+
+
+def test_a_perfect_student_refuses(folder):
+    for fields, message in ((dict(num_steps=(4,)), "--num-steps 4: must be left out: --share decides"),
+                            (dict(method="heun"), "--method heun: must be left out"),
+                            (dict(share=(0.5, 0.0)), r"--share 0.5 0.0: must be in \(0, 1\]"),
+                            (dict(last_leg="euler"), "--last-leg euler: must be self if --first-leg is not"),
+                            (dict(seeds=0), "--seeds 0: must be at least 1")):
+        with pytest.raises(ValueError, match=message):
+            perfect_student.Config("x", **fields)
+    with pytest.raises(ValueError, match=r"student-digits.safetensors is a student; a teacher's flow is solved here"):
+        perfect_student.main([str(folder / "student-digits.safetensors"), "--device", "cpu"])
 
 
 def test_same_seeds_give_the_same_numbers(folder):
