@@ -87,4 +87,4 @@ def note_other_teacher(start: str, metadata: dict[str, Any], teacher_id: str, no
     """
     if metadata.get("teacher", teacher_id) != teacher_id:
         note(f"note: the student --start-from {start} learnt from teacher {metadata['teacher']}, this run's teacher is {teacher_id}. "
-             "Without --start-from it would start as its own teacher, which served better (docs/method.md, Where a student starts)")
+             "Without --start-from it would start as its own teacher, which served better (docs/recipe.md, Where a student starts)")
