@@ -61,7 +61,7 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 class Config:
     checkpoint: Annotated[str, tyro.conf.Positional]        # safetensors file, checkpoint folder, or run folder (its newest)
     data: str | None = None                     # the training images; None: what the checkpoint was trained on, or its latents made from
-    held_out: str | None = None                 # path of held-out images of your own; None: the test split, or a random tenth
+    held_out: str | None = None                 # path of held-out images of your own; None: the test split, or a tenth of them
     data_root: str = "data"                     # where mnist and cifar10 are, or are downloaded to
     features: Literal["classifier", "inception"] = "classifier"     # feature space
     classifier: str | None = None               # file of train_classifier.py; None: checkpoints/classifier-<data>.safetensors

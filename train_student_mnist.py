@@ -119,7 +119,7 @@ class Config(RunConfig):
 
 def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse_config(Config, argv, __doc__, recipes.STUDENT)
-    ranks = distributed.start(cfg.device)
+    ranks = distributed.start(cfg.device, cfg.shard)
     device = ranks.device
     if cfg.num_boundary % ranks.world_size:
         raise ValueError(f"{cfg.num_boundary} boundary samples (--boundary-share x --global-batch-size) do not divide among "

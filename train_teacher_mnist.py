@@ -77,7 +77,7 @@ class Config(RunConfig):
 
 def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse_config(Config, argv, __doc__, recipes.TEACHER)
-    ranks = distributed.start(cfg.device)
+    ranks = distributed.start(cfg.device, cfg.shard)
     device = ranks.device
 
     # Data and network.

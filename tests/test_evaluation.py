@@ -41,6 +41,8 @@ def test_the_order_of_the_files_does_not_matter():
     assert torch.equal(pixels, again[0]) and torch.equal(labels, again[1])
     assert not torch.equal(pixels, images.pixels) and pixels.float().sum() == images.pixels.float().sum()
     assert labels[:300].bincount(minlength=10).min() > 15                   # each class about 30 times: a fair sample
+    tenth, same = (load_held_out(each, None)[1] for each in (images, moved))
+    assert torch.equal(shuffled(tenth)[0], pixels[:179]) and torch.equal(shuffled(same)[0], pixels[:179])
 
 
 def test_features_are_kept_under_the_names_of_judge_and_images(tmp_path):

@@ -225,7 +225,8 @@ def test_a_rank_that_dies_takes_the_others_along(results, tmp_path, capsys):
 
 def test_nothing_to_split_among_one_process(tmp_path):
     with pytest.raises(ValueError, match="--shard True: there is one process"):
-        train_teacher_mnist.main([*TEACHER, "--results-dir", str(tmp_path), "--shard", "True"])
+        train_teacher_mnist.main([*TEACHER, "--results-dir", str(tmp_path), "--shard", "True",
+                                  "--data", "nowhere"])                     # which is not even looked for
     assert not list(tmp_path.iterdir())
 
 

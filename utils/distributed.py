@@ -88,16 +88,19 @@ class Ranks:
             dist.barrier()
 
 
-def start(device: str) -> Ranks:
+def start(device: str, shard: bool = False) -> Ranks:
     """Join the other processes if torchrun started several, and choose the device.
 
     Args:
         device: "auto" (CUDA where there is one), "cuda", "cuda:1", "cpu", ...
+        shard: whether networks are to be split among the processes (`utils.sharding`).
 
     Raises:
-        ValueError: no such device, or CUDA is asked for where there is none.
+        ValueError: no such device, CUDA is asked for where there is none, or there is one process and nothing to split among.
     """
     world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    if shard and world_size == 1:
+        raise ValueError("--shard True: there is one process, and nothing to split among; start several with torchrun")
     try:
         chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     except RuntimeError:

@@ -1,6 +1,5 @@
 """What evaluate.py and a training run measure: sets of samples beside the training split, and real held-out images as the floor."""
 
-import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from utils import metrics
 from utils.autoencoder import NoAutoencoder
 from utils.checkpoints import fingerprint, load_network
-from utils.data import Images, to_pixels, to_range
+from utils.data import Images, hash_order, to_pixels, to_range
 from utils.distributed import Ranks
 from utils.latents import Latents
 from utils.losses import AverageVelocity, interval_splitting_loss
@@ -120,9 +119,7 @@ def draw(sample: Sample, labels: Tensor, shape: tuple[int, ...], seed: int, rank
 
 def shuffled(images: Images) -> tuple[Tensor, Tensor]:
     """Pixels and labels in the order of a hash of the pixels: the first few are a fair sample, whatever the order of the files."""
-    hashes = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images.pixels.numpy()]
-    labels = images.labels.tolist()
-    order = torch.tensor(sorted(range(len(images)), key=lambda i: (hashes[i], labels[i])))
+    order = hash_order(images)
     return images.pixels[order], images.labels[order]
 
 

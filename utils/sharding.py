@@ -20,12 +20,7 @@ def shard(ranks: Ranks, *networks: nn.Module) -> None:
 
     Args:
         networks: alike on all ranks, with `layers`, the modules to gather one by one.
-
-    Raises:
-        ValueError: there is only one process.
     """
-    if ranks.world_size == 1:
-        raise ValueError("--shard True: there is one process, and nothing to split among; start several with torchrun")
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     for network in networks:
         for layer in network.layers:
