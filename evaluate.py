@@ -61,7 +61,7 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 class Config:
     checkpoint: Annotated[str, tyro.conf.Positional]        # safetensors file, checkpoint folder, or run folder (its newest)
     data: str | None = None                     # the training images; None: what the checkpoint was trained on, or its latents made from
-    held_out: str | None = None                 # path of held-out images of your own; None: the test split, or a tenth of them
+    held_out: str | None = None                 # path of held-out images of your own; None: the test split, or a tenth that a hash chooses
     data_root: str = "data"                     # where mnist and cifar10 are, or are downloaded to
     features: Literal["classifier", "inception"] = "classifier"     # feature space
     classifier: str | None = None               # file of train_classifier.py; None: checkpoints/classifier-<data>.safetensors
@@ -195,8 +195,9 @@ def free_folder(folder: Path, config: dict[str, Any]) -> Path:
 
 
 @torch.no_grad()
-def main(argv: Sequence[str] | None = None, config: type[Config] = Config, rows_of: Rows = rows_of, text: str | None = __doc__) -> None:
-    """config, rows_of, text: flags, rows and help of a program that measures other samplers by this protocol."""
+def main(argv: Sequence[str] | None = None, config: type[Config] = Config, rows_of: Rows = rows_of, text: str | None = __doc__,
+         name: str = "evaluation") -> None:
+    """config, rows_of, text, name: flags, rows, help and results' name of a program that measures other samplers by this protocol."""
     cfg = parse_config(config, argv, text)
     ranks = distributed.start(cfg.device)
     network, metadata = load_network(cfg.checkpoint, build_network, ranks.device)
@@ -236,12 +237,16 @@ def main(argv: Sequence[str] | None = None, config: type[Config] = Config, rows_
     reference = reference_features(judge, real, Path(cfg.cache))
     floor_pixels, floor_labels = shuffled(held_out)
     metrics.check_pixels(floor_pixels[: cfg.num_images], least, "held-out images")
+    if judge.knows_classes and images.name not in ("mnist", "cifar10") and judge.held_out != fingerprint(floor_pixels):
+        print(f"note: {judge.name} was trained with other images held out, or before that was noted: it may know some of these, which are "
+              "the floor; train_classifier.py makes it anew")
     floor_features = judge(floor_pixels[: cfg.num_images])
     background = ThreadPoolExecutor(1)                      # compares while the next samples are drawn
     comparing = comparing_floor = background.submit(compare, judge, floor_features, floor_labels[: cfg.num_images], reference)
     num_floor = len(floor_features.features)
     in_bfloat16 = cfg.bfloat16 and ranks.device.type == "cuda"
-    protocol = {"checkpoint": cfg.checkpoint, "data": images.name, "features": judge.name, "num_images": cfg.num_images,
+    protocol = {"checkpoint": cfg.checkpoint, **({} if name == "evaluation" else {"samples": name}),
+                "data": images.name, "features": judge.name, "num_images": cfg.num_images,
                 "reference": f"{len(real)} training images", "floor": f"{num_floor} held-out images", "seeds": cfg.seeds,
                 "weights": f"EMA {weights_id(network)}", "arithmetic": arithmetic(in_bfloat16), "images": "8 bits"}
     print("  ".join(f"{key}: {value}" for key, value in protocol.items()), flush=True)
@@ -253,7 +258,7 @@ def main(argv: Sequence[str] | None = None, config: type[Config] = Config, rows_
         network.compile_blocks()
     y = even_labels(cfg.num_images, images)
     held_nearest, _ = metrics.nearest(floor_features.features[:2000], reference.features)
-    out = Path(cfg.out) if cfg.out else free_folder(Path(f"results/evaluation-{label(Path(cfg.checkpoint))}"), to_dict(cfg))
+    out = Path(cfg.out) if cfg.out else free_folder(Path(f"results/{name}-{label(Path(cfg.checkpoint))}"), to_dict(cfg))
     out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     if teacher:

@@ -19,10 +19,11 @@ from tqdm import tqdm
 
 from models import Classifier
 from utils import distributed
-from utils.checkpoints import write_weights
+from utils.checkpoints import fingerprint, write_weights
 from utils.config import parse_config, require, to_dict
 from utils.data import Images, load_held_out, load_images, to_range
 from utils.distributed import Ranks
+from utils.evaluation import shuffled
 from utils.seeding import fold
 
 RECIPES = {
@@ -147,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     config = {key: value for key, value in to_dict(cfg).items() if key not in ("data_root", "device", "num_workers", "out", "replace")}
     metadata = dict(kind="classifier", architecture=network.architecture, classes=images.classes, config=config,
-                    image_size=images.shape[-1], accuracy=right)
+                    image_size=images.shape[-1], accuracy=right, held_out=fingerprint(shuffled(held_out)[0]))
     write_weights(target, weights, metadata)
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
 

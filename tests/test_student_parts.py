@@ -147,7 +147,8 @@ def test_trained_sampled_and_exported(run, tmp_path):
     release.main([str(run), str(tmp_path / "folder")])
     card = (tmp_path / "folder" / "README.md").read_text()
     assert "Network DiT-Test/4 with 2 more blocks, a share of its input in its output, images 8 x 8 x 1" in card
-    export.main([str(run), str(tmp_path / "out.onnx")])     # which compares it with the network before it is kept
+    for form in ("pt2", "onnx"):                            # which compares it with the network before it is kept
+        export.main([str(run), str(tmp_path / f"out.{form}")])
 
 
 @pytest.mark.parametrize("name", ["teacher-mnist", "student-mnist", "teacher-cifar10", "student-cifar10"])

@@ -150,7 +150,7 @@ def hash_order(images: Images) -> Tensor:
     """Indices (N,) of the images in the order of a hash of their pixels: as good as random, whatever the order of the files."""
     hashes = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images.pixels.numpy()]
     labels = images.labels.tolist()
-    return torch.tensor(sorted(range(len(images)), key=lambda i: (hashes[i], labels[i])))
+    return torch.tensor(sorted(range(len(images)), key=lambda i: (hashes[i], labels[i])), dtype=torch.long)       # of none, too
 
 
 def load_held_out(images: Images, path: str | None, data_root: str = "data", num_workers: int = 4) -> tuple[Images, Images]:

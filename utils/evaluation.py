@@ -37,12 +37,14 @@ class Judge:
     name: with a hash of its weights; part of every metric's name.
     see: uint8 images (B, C, H, H) to features (B, D) and logits (B, classes).
     knows_classes: whether its classes are the data set's.
+    held_out: fingerprint of the images, in their hash's order, that its training did not see; None: not known.
     """
 
     name: str
     see: Callable[[Tensor], tuple[Tensor, Tensor]]
     knows_classes: bool
     batch_size: int = 500
+    held_out: str | None = None
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Features:
@@ -79,7 +81,8 @@ def classifier_judge(file: str | None, network_class: Callable[..., nn.Module], 
     def see(pixels: Tensor) -> tuple[Tensor, Tensor]:
         return network.see(to_range(pixels.to(ranks.device)))
 
-    return Judge(f"{path.stem}-{fingerprint(*network.state_dict().values())}", see, knows_classes=True, batch_size=ranks.batch_size)
+    return Judge(f"{path.stem}-{fingerprint(*network.state_dict().values())}", see, knows_classes=True, batch_size=ranks.batch_size,
+                 held_out=metadata.get("held_out"))
 
 
 def compare(judge: Judge, samples: Features, labels: Tensor | None, reference: Features) -> dict[str, float]:

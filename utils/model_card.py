@@ -43,7 +43,10 @@ def numbers_of(evaluation: Path, weights: str) -> str:
     table, metrics = (evaluation / name for name in ("table.md", "metrics.json"))
     if not (table.is_file() and metrics.is_file()):
         raise FileNotFoundError(f"{evaluation} holds no table.md and metrics.json; make them with evaluate.py")
-    measured = read_json(metrics)["protocol"].get("weights", "of an older evaluate.py, which did not say")
+    protocol = read_json(metrics)["protocol"]
+    if "samples" in protocol:
+        raise ValueError(f"{evaluation} is of samples of a {protocol['samples']}, not of what this network makes; use evaluate.py")
+    measured = protocol.get("weights", "of an older evaluate.py, which did not say")
     if measured != f"EMA {weights}":
         raise ValueError(f"{evaluation} is of the weights {measured}, not of these, EMA {weights}; make it anew with evaluate.py")
     return table.read_text().strip()
