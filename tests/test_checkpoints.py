@@ -41,6 +41,13 @@ def test_no_checkpoint_is_none(tmp_path, there):
     assert read_latest(tmp_path if there else tmp_path / "none", NAMES, no_warning) is None
 
 
+def test_others_may_read_what_the_umask_lets_them(three):
+    plain = three / "plain"
+    plain.touch()
+    files = list(step_folders(three)[-1].iterdir())
+    assert len(files) > 2 and {file.stat().st_mode for file in files} == {plain.stat().st_mode}
+
+
 def test_newest_ones_are_kept(tmp_path):
     for step in (1, 2, 30, 4):                              # 4 after 30: newest by step
         save(tmp_path, step, keep=2)

@@ -27,6 +27,8 @@ from torch import Tensor, nn
 
 FORMAT = "splitmeanflow/1"
 MODEL_FILE = "model.safetensors"                            # of a model folder, see `models.hub`
+UMASK = os.umask(0o077)                                     # it can be read only by setting it
+os.umask(UMASK)
 STEP_FOLDER = re.compile(r"step_(\d{8})")
 
 
@@ -56,6 +58,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     temporary = path.with_name(f".{path.name}.writing")
     try:
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
+        temporary.chmod(0o666 & ~UMASK)                     # safetensors leaves it to its owner alone
         flush(temporary)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
