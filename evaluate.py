@@ -196,8 +196,8 @@ def free_folder(folder: Path, config: dict[str, Any]) -> Path:
 
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None, config: type[Config] = Config, rows_of: Rows = rows_of, text: str | None = __doc__,
-         name: str = "evaluation") -> None:
-    """config, rows_of, text, name: flags, rows, help and results' name of a program that measures other samplers by this protocol."""
+         program: str = "evaluation") -> None:
+    """config, rows_of, text, program: flags, rows, help and results' name of what measures other samplers by this protocol."""
     cfg = parse_config(config, argv, text)
     ranks = distributed.start(cfg.device)
     network, metadata = load_network(cfg.checkpoint, build_network, ranks.device)
@@ -245,7 +245,7 @@ def main(argv: Sequence[str] | None = None, config: type[Config] = Config, rows_
     comparing = comparing_floor = background.submit(compare, judge, floor_features, floor_labels[: cfg.num_images], reference)
     num_floor = len(floor_features.features)
     in_bfloat16 = cfg.bfloat16 and ranks.device.type == "cuda"
-    protocol = {"checkpoint": cfg.checkpoint, **({} if name == "evaluation" else {"samples": name}),
+    protocol = {"checkpoint": cfg.checkpoint, **({} if program == "evaluation" else {"samples": program}),
                 "data": images.name, "features": judge.name, "num_images": cfg.num_images,
                 "reference": f"{len(real)} training images", "floor": f"{num_floor} held-out images", "seeds": cfg.seeds,
                 "weights": f"EMA {weights_id(network)}", "arithmetic": arithmetic(in_bfloat16), "images": "8 bits"}
@@ -258,7 +258,7 @@ def main(argv: Sequence[str] | None = None, config: type[Config] = Config, rows_
         network.compile_blocks()
     y = even_labels(cfg.num_images, images)
     held_nearest, _ = metrics.nearest(floor_features.features[:2000], reference.features)
-    out = Path(cfg.out) if cfg.out else free_folder(Path(f"results/{name}-{label(Path(cfg.checkpoint))}"), to_dict(cfg))
+    out = Path(cfg.out) if cfg.out else free_folder(Path(f"results/{program}-{label(Path(cfg.checkpoint))}"), to_dict(cfg))
     out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     if teacher:
