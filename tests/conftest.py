@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from photos import make_photo_latents
 from runs import COMMON, TEACHER
 from saved import save
 
@@ -49,3 +50,9 @@ def three(tmp_path) -> Path:
     for step in (1, 2, 3):
         save(tmp_path, step)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def photo_latents(tmp_path_factory) -> Path:
+    """See `make_photo_latents`: photos, autoencoder, prepared."""
+    return make_photo_latents(tmp_path_factory.mktemp("latents"))
