@@ -78,7 +78,8 @@ def test_runs_results_and_table(tmp_path, monkeypatch):
         ("student", 0, 2.0), ("pinned-0.15", 0, None), ("student", 1, 3.0), ("pinned-0.15", 1, None)]
     assert shlex.split(rows[1]["command"])[:2] == ["python", "train_student.py"] and "--pinned-share 0.15" in rows[1]["command"]
     text = (tmp_path / "table.md").read_text()
-    assert text.startswith("## cifar10, 30 s a run, some card, `--global-batch-size 100`, of t.safetensors\n\n| student | asks |")
+    heading = run.INTRODUCTION + "## cifar10, 30 s a run, some card, `--global-batch-size 100`, of t.safetensors\n\n"
+    assert text.startswith(heading + "| student | asks |")
     assert "| student | the defaults | 2.500 ± 0.500 | 0.900 ± 0.000 | 2.0 | 600 | 2 |" in text
     assert "| pinned-0.15 | 15 % of the intervals pinned |  |  |  | 600 | 2, 2 not finite |" in text
     assert (tmp_path / "gradient_norm.png").is_file() and rows[0]["norms"][0] == [0, 1.0]
@@ -87,7 +88,7 @@ def test_runs_results_and_table(tmp_path, monkeypatch):
     assert len(started) == 5
     run.main([*flags[:3], "--seconds", "60", *flags[5:]])   # what is not comparable has a table of its own
     text = (tmp_path / "table.md").read_text()
-    assert text.count("\n## ") == 1 and text.count("| student | the defaults |") == 2
+    assert text.count("\n## ") == 2 and text.count("| student | the defaults |") == 2
 
     monkeypatch.setattr(run, "start", lambda line: (_ for _ in ()).throw(RuntimeError("CUDA out of memory")))
     with pytest.raises(RuntimeError, match="out of memory"):                    # any other failure is no result

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
 from typing import Any
 
@@ -48,6 +49,12 @@ def head_size(size: int) -> None:
     change([dit], "PRESETS", {
         name: (dit.Preset(preset.depth, preset.width, preset.width // size) if preset.width % size == 0 else preset, patch_size)
         for name, (preset, patch_size) in dit.PRESETS.items()})
+
+
+def depth(factor: float) -> None:
+    """So many times as many blocks."""
+    change([dit], "PRESETS", {name: (replace(preset, depth=round(factor * preset.depth)), patch_size)
+                              for name, (preset, patch_size) in dit.PRESETS.items()})
 
 
 class ParallelBlock(nn.Module):

@@ -24,6 +24,8 @@ PATCHES: dict[str, Callable[[], None]] = {
     "compile-whole": lambda: change([dit.DiT], "compile_blocks", lambda self: self.compile(dynamic=False)),
     "shift": network_patches.shift,
     "heads-of-128": lambda: network_patches.head_size(128),
+    "depth-0.5": lambda: network_patches.depth(0.5),
+    "depth-1.5": lambda: network_patches.depth(1.5),
     "parallel": lambda: change([dit], "Block", network_patches.ParallelBlock),
     "long-skips": network_patches.long_skips,
     "nearest-of-4": lambda: network_patches.nearest_noise(4),
