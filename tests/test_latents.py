@@ -119,7 +119,7 @@ def test_latents_where_they_cannot_be(photo_latents, tmp_path, main, flags, mess
     assert not (tmp_path / "results").exists()
 
 
-def test_pixels_need_no_autoencoder(photo_latents, tmp_path):
+def test_pixels_need_no_autoencoder(tmp_path):
     with pytest.raises(ValueError, match="--autoencoder some: here images are pixels"):
         train_teacher.main(["--data", "digits", "--autoencoder", "some", "--device", "cpu", "--results-dir", str(tmp_path)])
 

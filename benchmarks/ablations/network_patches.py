@@ -44,17 +44,19 @@ def shift() -> None:
     change([dit.MLP], "forward", lambda self, x: forward(self, shifted(x)))
 
 
+def presets(new: Callable[[dit.Preset], dit.Preset]) -> None:
+    """Each size of network as `new` makes it from what it was."""
+    change([dit], "PRESETS", {name: (new(preset), patch_size) for name, (preset, patch_size) in dit.PRESETS.items()})
+
+
 def head_size(size: int) -> None:
     """Fewer, larger attention heads, where the width allows."""
-    change([dit], "PRESETS", {
-        name: (dit.Preset(preset.depth, preset.width, preset.width // size) if preset.width % size == 0 else preset, patch_size)
-        for name, (preset, patch_size) in dit.PRESETS.items()})
+    presets(lambda preset: replace(preset, num_heads=preset.width // size) if preset.width % size == 0 else preset)
 
 
 def depth(factor: float) -> None:
     """So many times as many blocks."""
-    change([dit], "PRESETS", {name: (replace(preset, depth=round(factor * preset.depth)), patch_size)
-                              for name, (preset, patch_size) in dit.PRESETS.items()})
+    presets(lambda preset: replace(preset, depth=round(factor * preset.depth)))
 
 
 class ParallelBlock(nn.Module):
