@@ -18,7 +18,7 @@ from utils.losses import anchored_splitting_loss, squared_error
 OF_STUDENTS = {"mixed-leg", "more-to-data", "own-leg-in-two", "pin-chain", "pin-data-end", "soft-guidance", "teacher-features-0.3",
                "teacher-features-1", "three-hops", "two-hops", "warm-start", "whole-below-0.1"}
 TESTED_BELOW = {"heads-of-128", "compile-whole", "two-steps", "shared-states", "mean-guidance", "wider-modulation", "guidance-at-once",
-                "ema-every-8", "attention-cudnn", "attention-flash", "attention-plain", "whole-features-1"}
+                "ema-every-8", "ema-short", "ema-long", "attention-cudnn", "attention-flash", "attention-plain", "whole-features-1"}
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +84,21 @@ def test_nearest_noise_is_nearer_and_still_noise():
     kept = (near == eps).flatten(1).all(1).float().mean()
     assert 0.2 < kept < 0.3                                                     # its own noise is the nearest of four by chance
     assert torch.equal(network_patches.nearest(x, eps, 1), eps)
+
+
+def test_the_average_of_a_teacher_reaches_back_as_far_as_it_says(undo):
+    """By what share of the updates an average lags behind a weight that rises by 1 in each."""
+    lags = []
+    for name in (None, "ema-short", "ema-long"):
+        if name:
+            patches.PATCHES[name]()
+        line = torch.nn.Linear(1, 1, bias=False).requires_grad_(False)
+        ema = train_teacher_mnist.ModelEmaV3(line, decay=0.9995, use_warmup=True, warmup_gamma=9, warmup_power=1)
+        for update in range(1, 1001):
+            line.weight.fill_(update)
+            ema.update(line, update)
+        lags.append((1000 - ema.module.weight.item()) / 1000)
+    assert lags == pytest.approx([1 / 10, 1 / 25, 1 / 5], rel=0.05)
 
 
 def test_warm_start_asks_for_the_trajectory(undo, monkeypatch):

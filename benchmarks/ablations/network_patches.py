@@ -7,6 +7,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -132,6 +133,14 @@ def long_skips() -> None:
 
     change([dit.DiT], "__init__", with_skips)
     compile_blocks()                                        # what Keep keeps would be lost inside a graph of several
+
+
+def ema_ramp(gamma: float) -> None:
+    """A teacher's average reaches back over about 1 / (gamma + 1) of the updates so far; the scripts' gamma is 9.
+
+    Up to --ema-decay, which runs of fewer than 18,000 updates do not reach.
+    """
+    change(TEACHERS, "ModelEmaV3", lambda *args, **options: ModelEmaV3(*args, **{**options, "warmup_gamma": gamma}))
 
 
 def nearest(x: Tensor, eps: Tensor, count: int) -> Tensor:

@@ -29,6 +29,8 @@ PATCHES: dict[str, Callable[[], None]] = {
     "parallel": lambda: change([dit], "Block", network_patches.ParallelBlock),
     "long-skips": network_patches.long_skips,
     "nearest-of-4": lambda: network_patches.nearest_noise(4),
+    "ema-short": lambda: network_patches.ema_ramp(24),
+    "ema-long": lambda: network_patches.ema_ramp(4),
     "mixed-leg": student_patches.mixed_leg,
     "two-steps": lambda: student_patches.several_steps(2),
     "two-hops": lambda: student_patches.several_steps(2, 0.7),
