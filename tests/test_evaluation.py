@@ -1,6 +1,7 @@
 """The parts of evaluate.py: sets of samples, features that are kept, summaries, the plot."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,6 +60,22 @@ def test_features_are_kept_under_the_names_of_judge_and_images(tmp_path):
     assert calls == [500, 200, 500, 200]                        # the second time from the file, the third is another judge
     reference_features(Judge("a", see, False), pixels[:600], tmp_path)
     assert calls[4:] == [500, 100]
+
+
+def test_two_runs_make_features_at_once(tmp_path, monkeypatch):
+    """The second begins and ends while the first is about to rename its file."""
+    pixels, replace_file = torch.arange(2 * 16, dtype=torch.uint8).view(2, 1, 4, 4), Path.replace
+    judge = Judge("a", lambda pixels: (pixels.flatten(1).float(), torch.zeros(len(pixels), 2)), False)
+
+    def other_first(path, target):
+        monkeypatch.setattr(Path, "replace", replace_file)
+        monkeypatch.setattr(evaluation.os, "getpid", lambda: 1)
+        assert torch.equal(reference_features(judge, pixels, tmp_path).features, pixels.flatten(1).float())
+        return replace_file(path, target)
+
+    monkeypatch.setattr(Path, "replace", other_first)
+    assert torch.equal(reference_features(judge, pixels, tmp_path).features, pixels.flatten(1).float())
+    assert len(list(tmp_path.iterdir())) == 1               # nothing half-written is left
 
 
 def test_residual_map_vanishes_for_a_consistent_flow_only():

@@ -1,5 +1,6 @@
 """What evaluate.py and a training run measure: sets of samples beside the training split, and real held-out images as the floor."""
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -127,13 +128,16 @@ def shuffled(images: Images) -> tuple[Tensor, Tensor]:
 
 
 def reference_features(judge: Judge, pixels: Tensor, folder: Path) -> Features:
-    """Features of the training split, kept in `folder` under the names of judge and images, so that they are made once."""
+    """Features of the training split, kept in `folder` under the names of judge and images, so that they are made once.
+
+    Runs that begin at once may each make them, and the last one's stay.
+    """
     file = folder / f"{judge.name}-{fingerprint(pixels)}.pt"
     if file.is_file():
         return Features(**torch.load(file, weights_only=True))
     features = judge(pixels)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.writing")
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.writing")
     torch.save(features._asdict(), temporary)
     temporary.replace(file)
     return features

@@ -7,21 +7,28 @@
 A run is the training script's own command line, or that of patches.py around it. A short one tells how fast the variant is, or
 one of the same cost; then it gets as many updates as fit into --seconds, its schedules included. Its last quick evaluation
 (5,000 images) is the result, one line of results.jsonl; what is there already is not run again, so the same command goes on.
-A variant that is the default of --data is left to the row of the defaults.
-Also writes table.md, a section for each time, data set, device, teacher and further flags, and gradient_norm.png of the
-students of the first section.
+A variant that is the default of --data is left to the row of the defaults. Each GPU that is visible takes one run at a time.
+Also writes table.md, a section for each time, data set, device, teacher and further flags, and gradient_norm.png, where a collapse
+shows.
 """
 
 import importlib
 import json
+import os
+import queue
 import shlex
 import statistics
 import subprocess
 import sys
+import threading
+from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.ablations.variants import VARIANTS, Variant
 from utils import recipes
@@ -34,6 +41,11 @@ INTRODUCTION = """FD and class accuracy of 5,000 images, always from the same no
 the (up to) 20 logged before it.
 
 """
+
+
+# Drawn in gradient_norm.png: Algorithm 1, what makes it collapse, what stops it, and what else collapses.
+COLLAPSE = ("student", "algorithm-1", "self-uniform", "self-uniform-power-0", "self-uniform-target-ema", "mixed", "euler")
+PROBING: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)     # by folder: one probe serves all that cost the same
 
 
 @dataclass(frozen=True)
@@ -80,14 +92,21 @@ def command(variant: Variant, seed: int, steps: int, cfg: Config, name: str, log
             *variant.flags]
 
 
+def visible_gpus() -> list[str | None]:
+    """What CUDA_VISIBLE_DEVICES may be for one run each; None where there is no GPU."""
+    asked = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return (asked.split(",")[:count] if asked else [str(i) for i in range(count)]) or [None]
 
-def start(line: list[str]) -> None:
+
+def start(line: list[str], gpu: str | None) -> None:
     """Run a training script.
 
     Raises:
         RuntimeError: it failed; with the end of what it printed.
     """
-    done = subprocess.run([sys.executable, *line], capture_output=True, text=True)
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else None
+    done = subprocess.run([sys.executable, *line], capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"{shlex.join(line)} ended with {done.returncode}:\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
 
@@ -102,12 +121,13 @@ def settings(cfg: Config) -> dict[str, Any]:
     return {"seconds": cfg.seconds, "data": cfg.data, "flags": cfg.flags, "teacher": cfg.teacher}
 
 
-def measure(variant: Variant, seed: int, cfg: Config) -> dict[str, Any]:
+def measure(variant: Variant, seed: int, cfg: Config, gpu: str | None) -> dict[str, Any]:
     """Train and evaluate one variant. A run that ends in NaN is a result too."""
     folder, half = Path(cfg.results_dir), cfg.probe_steps // 2
     probe = f"probe-{variant.cost}"
-    if not (folder / probe / "metrics.jsonl").is_file():
-        start(command(next(v for v in VARIANTS if v.name == variant.cost), 0, cfg.probe_steps, cfg, probe, half, []))
+    with PROBING[str(folder / probe)]:
+        if not (folder / probe / "metrics.jsonl").is_file():
+            start(command(next(v for v in VARIANTS if v.name == variant.cost), 0, cfg.probe_steps, cfg, probe, half, []), gpu)
     config, environment = (json.loads((folder / probe / f"{file}.json").read_text()) for file in ("config", "environment"))
     speed = read_lines(folder / probe / "metrics.jsonl")[-1]["images_per_second"]
     steps = max(1, round(cfg.seconds * speed / config["global_batch_size"]))
@@ -116,7 +136,7 @@ def measure(variant: Variant, seed: int, cfg: Config) -> dict[str, Any]:
     result = {"variant": variant.name, "seed": seed, "steps": steps, **settings(cfg), "device": environment[-1]["device"],
               "images_per_second": speed, "command": shlex.join(["python", *line])}
     try:
-        start(line)
+        start(line, gpu)
     except RuntimeError as error:
         if "NonFiniteError" not in str(error):
             raise
@@ -164,14 +184,22 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n\n".join(parts) + f"\n\nCommands:\n\n{commands}\n"
 
 
-def save_norms(results: list[dict[str, Any]], path: Path) -> None:
-    """Gradient norms of the first seed of each student variant, where a collapse shows."""
-    stages = {variant.name: variant.stage for variant in VARIANTS}
-    curves = {row["variant"]: row["norms"] for row in reversed(results) if "norms" in row and stages[row["variant"]] == "student"}
+def collapse_rows(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The longest run of each of COLLAPSE, of the data, device, flags and teacher that most of them have been run with."""
+    groups: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for row in results:
+        if row["variant"] in COLLAPSE and "norms" in row:
+            group = groups[json.dumps([row[key] for key in ("data", "device", "flags", "teacher")])]
+            group[row["variant"]] = max(group.get(row["variant"], row), row, key=lambda run: run["steps"])
+    return max(groups.values(), key=len, default={})
+
+
+def save_norms(rows: dict[str, dict[str, Any]], path: Path) -> None:
+    """Curves of the gradient norms, by name."""
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
-    for i, (name, norms) in enumerate(sorted(curves.items())):
-        axis.plot(*zip(*norms), label=name, linewidth=1, linestyle=["-", "--", ":", "-."][i // 10 % 4])
+    for name, row in sorted(rows.items()):
+        axis.plot(*zip(*row["norms"]), label=name, linewidth=1)
     axis.set(xlabel="update", ylabel="gradient norm")
     log_scale(axis)
     axis.grid(alpha=0.3)
@@ -180,28 +208,55 @@ def save_norms(results: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def run_all(todo: list[tuple[Variant, int]], cfg: Config, file: Path) -> None:
+    """Measure, one run at a time on each GPU, and append each result to `file` as it comes.
+
+    Raises:
+        RuntimeError: a run failed; what had begun beside it was finished and written.
+    """
+    gpus: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    for gpu in visible_gpus():
+        gpus.put(gpu)
+    writing, failed = threading.Lock(), threading.Event()
+
+    def one(variant: Variant, seed: int) -> None:
+        if failed.is_set():
+            return
+        gpu = gpus.get()
+        try:
+            result = measure(variant, seed, cfg, gpu)
+        except BaseException:
+            failed.set()
+            raise
+        finally:
+            gpus.put(gpu)
+        with writing, open(file, "a") as lines:
+            lines.write(json.dumps(result) + "\n")
+            print({key: value for key, value in result.items() if key not in ("command", "norms")}, flush=True)
+
+    with ThreadPoolExecutor(gpus.qsize()) as threads:
+        runs = [threads.submit(one, *asked) for asked in todo]
+    for run in runs:
+        run.result()
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse_config(Config, argv, __doc__)
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     file = out / "results.jsonl"
     if not cfg.table_only:
-        for seed in cfg.seeds:                              # all variants once before any a second time
-            for variant in VARIANTS:
-                this = {"variant": variant.name, "seed": seed, **settings(cfg)}
-                known = any(this.items() <= row.items() for row in read_lines(file))
-                if (cfg.only and variant.name not in cfg.only) or known or is_default(variant, cfg):
-                    continue
-                result = measure(variant, seed, cfg)
-                with open(file, "a") as lines:
-                    lines.write(json.dumps(result) + "\n")
-                print({key: value for key, value in result.items() if key not in ("command", "norms")}, flush=True)
+        asked = [variant for variant in VARIANTS if (not cfg.only or variant.name in cfg.only) and not is_default(variant, cfg)]
+        known = read_lines(file)
+        run_all([(variant, seed) for seed in cfg.seeds for variant in asked     # all variants once before any a second time
+                 if not any({"variant": variant.name, "seed": seed, **settings(cfg)}.items() <= row.items() for row in known)], cfg, file)
     results = read_lines(file)
     if not results:
         raise ValueError(f"{file} holds no result yet")
     parts = sections(results)
     (out / "table.md").write_text(INTRODUCTION + "\n".join(f"## {heading}\n\n{table(rows)}" for heading, rows in parts.items()))
-    save_norms(next(iter(parts.values())), out / "gradient_norm.png")
+    if rows := collapse_rows(results):
+        save_norms(rows, out / "gradient_norm.png")
     print(f"{out / 'table.md'}: {len(results)} runs")
 
 
