@@ -1,6 +1,7 @@
 """The variants that no flag makes: each trains, and changes what it says."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import train_teacher_mnist
 from benchmarks.ablations import changes, network_patches, patches, student_patches
 from models import DiT
 from utils import losses as losses_module
+from utils.checkpoints import read_metadata, step_folders
 from utils.flow import step
 from utils.losses import anchored_splitting_loss, squared_error
 
@@ -40,6 +42,22 @@ def test_a_patched_script_trains_another_way(name, plain, undo, tmp_path):
     changed, unchanged = losses(tmp_path / "changed"), losses(plain / stage)
     assert len(changed) == len(unchanged) and all(torch.tensor(changed).isfinite())
     assert changed != unchanged
+
+
+def test_a_run_goes_on_with_its_own_patch_only(plain, undo, tmp_path):
+    def weights(folder):
+        return step_folders(folder / "checkpoints")[-1] / "ema.safetensors"
+
+    flags = ["train_teacher_mnist.py", *TEACHER, "--results-dir", str(tmp_path), "--name"]
+    shutil.copytree(plain / "teacher", tmp_path / "plain")
+    patches.main(["silu", *flags, "patched"])
+    assert read_metadata(weights(tmp_path / "patched"))["config"]["patch"] == "silu"
+    for name, other, said in (("patched", "gelu", "patch: gelu, was silu"), ("plain", "silu", "patch: silu, was None")):
+        shutil.rmtree(weights(tmp_path / name).parent)
+        with pytest.raises(ValueError, match=said):
+            patches.main([other, *flags, name])
+    patches.main(["silu", *flags, "patched"])
+    assert read_metadata(weights(tmp_path / "patched"))["step"] == 6
 
 
 def test_heads(undo):
