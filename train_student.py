@@ -134,7 +134,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = load_data(cfg.data, cfg.data_root, cfg.image_size, cfg.num_workers)
     check_guidance(images, (cfg.guidance_scale, *(cfg.guidance_range or ())))
     decode = load_autoencoder(images.autoencoder, cfg.autoencoder, device).decode        # from latents to images; pixels stay
-    batches = Batches(images, cfg.global_batch_size, cfg.seed, ranks, cfg.flip)
     evaluate = cfg.eval_every and QuickEvaluation(cfg.classifier, Classifier, images, ranks, cfg.results_dir)
     run = Run(cfg, "student", ranks, images)
     kept = run.folder / "teacher.safetensors"
@@ -142,6 +141,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = kept if goes_on else find_teacher(cfg.teacher, cfg.results_dir, cfg.data, images.shape[-1], kept)
     teacher, teacher_metadata = load_network(path, build_network, device)
     check_teacher(path, teacher_metadata, images, cfg.model)
+    flip = teacher_metadata["config"].get("flip") if cfg.flip is None else cfg.flip     # its teacher knows mirror images, or does not
+    batches = Batches(images, cfg.global_batch_size, cfg.seed, ranks, flip)
     torch.manual_seed(fold(cfg.seed, "weights"))            # alike on every rank
     student = student_from_teacher(teacher, extra_blocks=cfg.extra_blocks, input_skip=cfg.input_skip, guidance_range=cfg.guidance_range,
                                    guidance_scale=cfg.guidance_scale)

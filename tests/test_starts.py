@@ -5,10 +5,12 @@ import torch
 from filelock import FileLock
 from runs import COMMON, TEACHER, assert_same
 
+import train_student
 import train_student_mnist
 import train_teacher_mnist
+from models import DiT
 from utils import distributed
-from utils.checkpoints import read_metadata
+from utils.checkpoints import read_metadata, write_weights
 from utils.run_log import Run
 
 
@@ -98,3 +100,23 @@ def test_student_goes_on_without_its_teachers_folder(tmp_path, results, monkeypa
     (tmp_path / "t").rename(tmp_path.parent / f"{tmp_path.name}-moved")
     train_student_mnist.main(arguments)
     assert_same(results / "student-digits", tmp_path / "student-digits")
+
+
+@pytest.mark.parametrize("script", [train_student_mnist, train_student])
+def test_a_student_sees_mirror_images_if_its_teacher_did(script, tmp_path, monkeypatch):
+    asked = []
+
+    def batches(images, size, seed, ranks, flip):
+        asked.append(flip)
+        raise InterruptedError                              # what follows is the same whatever the images are
+
+    monkeypatch.setattr(script, "Batches", batches)
+    network = DiT("DiT-Test/4", 8, 1, 10)
+    for theirs, ours, expected in ((True, None, True), (False, None, False), (None, None, None), (True, False, False)):
+        file = tmp_path / "teacher.safetensors"
+        write_weights(file, network.state_dict(), dict(kind="teacher", architecture=network.architecture, config={"flip": theirs},
+                                                       classes=[str(i) for i in range(10)]))
+        said = [] if ours is None else ["--flip", str(ours)]
+        with pytest.raises(InterruptedError):
+            script.main([*COMMON, *said, "--teacher", str(file), "--results-dir", str(tmp_path)])
+        assert asked.pop() is expected

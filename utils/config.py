@@ -26,7 +26,7 @@ class RunConfig:
     data: str = "mnist"                         # mnist, cifar10, digits, or the path of a folder or zip of images
     data_root: str = "data"                     # where mnist and cifar10 are, or are downloaded to
     image_size: int | None = None               # side in pixels, images are resized to it; None: the data set's own, 32 for a path
-    flip: bool | None = None                    # mirror half of the images, at random; None: not mnist and digits. False for letters, maps
+    flip: bool | None = None                    # mirror half, at random; None: a student as its teacher, else all but mnist, digits
     steps: int = 10_000                         # updates in all
     max_minutes: float | None = None            # save and stop after this long; the same command goes on later
     start_from: str | None = None               # weights to start from, of the same network: file, checkpoint or run folder; None: fresh
