@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         optimizer.load_state_dict(training["optimizer"])
         done, seconds = training["step"], training["seconds"]
     metadata = dict(kind="student", architecture=student.architecture, classes=images.classes, autoencoder=images.autoencoder,
-                    teacher=teacher_id, config=to_dict(cfg))
+                    teacher=teacher_id, config=to_dict(cfg) | {"flip": flip})
     if cfg.compile and device.type == "cuda":
         for network in (teacher, student, *([targets.module] if targets else [])):
             network.compile_blocks()

@@ -9,6 +9,7 @@ import pytest
 
 import train_student
 import train_teacher
+from benchmarks import gpus
 from benchmarks.ablations import run
 from benchmarks.ablations.patches import PATCHES
 from benchmarks.ablations.variants import VARIANTS
@@ -54,10 +55,10 @@ def leave(line, **numbers):
     """What a training script would leave in its run folder. Returns its flags."""
     flags = dict(zip(line[1::2], line[2::2]))
     folder = Path(flags["--results-dir"], flags["--name"])
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"global_batch_size": 100}))
     (folder / "environment.json").write_text(json.dumps([{"device": "some card"}]))
-    rows = [{"step": i, "images_per_second": 2000.0, "grad_norm": 1.0 + i} for i in range(5)]
+    rows = [{"step": int(flags["--steps"]) * i // 4, "images_per_second": 2000.0, "grad_norm": 1.0 + i, "seconds": 25.0} for i in range(5)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "evaluations.jsonl").write_text(json.dumps({"step": 5, **numbers}) + "\n")
     return flags
@@ -73,6 +74,7 @@ def test_runs_results_and_table(tmp_path, monkeypatch):
             raise RuntimeError("... NonFiniteError: step 12 is not finite")
 
     monkeypatch.setattr(run, "start", start)
+    monkeypatch.setattr(gpus, "visible_gpus", lambda: [None])
     flags = ["--only", "student", "pinned-0.15", "--seconds", "30", "--seeds", "0", "1", "--out", str(tmp_path),
              "--results-dir", str(tmp_path / "runs"), "--teacher", "t.safetensors", "--flags=--global-batch-size 100"]
     run.main(flags)
@@ -115,23 +117,65 @@ def test_each_gpu_takes_a_run_and_a_failure_loses_no_other(tmp_path, monkeypatch
                 raise RuntimeError("CUDA out of memory")
 
     monkeypatch.setattr(run, "start", start)
-    monkeypatch.setattr(run, "visible_gpus", lambda: ["2", "5"])
+    monkeypatch.setattr(gpus, "visible_gpus", lambda: ["2", "5"])
     with pytest.raises(RuntimeError, match="out of memory"):
         run.main(["--only", "student", "pinned-0.15", "--seeds", "0", "--seconds", "30", "--out", str(tmp_path),
                   "--results-dir", str(tmp_path / "runs")])
-    assert [name for name, _ in started].count("probe-student") == 1
-    assert {gpu for name, gpu in started if name != "probe-student"} == {"2", "5"}
+    probes = [name for name, _ in started if name.startswith("probe-student-")]
+    assert len(probes) == 1 and {gpu for name, gpu in started if name not in probes} == {"2", "5"}
     assert [json.loads(row)["variant"] for row in (tmp_path / "results.jsonl").read_text().splitlines()] == ["student"]
 
 
+def test_a_probe_that_was_cut_off_is_run_again(tmp_path, monkeypatch):
+    """And one of other data or flags is another one."""
+    started = []
+
+    def start(line, gpu):
+        name = leave(line, fd_1step=2.0)["--name"]
+        started.append(name)
+        if len(started) == 1:
+            metrics = tmp_path / "runs" / name / "metrics.jsonl"
+            metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:3]))
+            raise RuntimeError("killed")
+
+    monkeypatch.setattr(run, "start", start)
+    monkeypatch.setattr(gpus, "visible_gpus", lambda: [None])
+    flags = ["--only", "student", "--seeds", "0", "--out", str(tmp_path), "--results-dir", str(tmp_path / "runs")]
+    with pytest.raises(RuntimeError, match="killed"):
+        run.main(flags)
+    run.main(flags)
+    run.main([*flags, "--data", "mnist"])
+    probe, again, first, other, second = started
+    assert probe == again != other and other.startswith("probe-student-") and first == second == "student-90s-seed0"
+
+
+def test_after_a_failure_no_other_job_is_begun(monkeypatch):
+    monkeypatch.setattr(gpus, "visible_gpus", lambda: [None])
+    begun = []
+
+    def fail(gpu):
+        raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        gpus.on_each([begun.append, fail, begun.append])
+    assert begun == [None]
+
+
+def test_a_command_sees_its_gpu_alone():
+    program = ["-c", "import os; print('saw', os.environ['CUDA_VISIBLE_DEVICES']); exit(os.environ['CUDA_VISIBLE_DEVICES'] != '7')"]
+    gpus.start(program, "7")
+    with pytest.raises(RuntimeError, match="ended with 1:\nsaw 8"):
+        gpus.start(program, "8")
+
+
 def test_gpus(monkeypatch):
-    monkeypatch.setattr(run.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(gpus.torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-65cf")
-    assert run.visible_gpus() == ["3", "GPU-65cf"]
+    assert gpus.visible_gpus() == ["3", "GPU-65cf"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert run.visible_gpus() == ["0", "1"]
-    monkeypatch.setattr(run.torch.cuda, "device_count", lambda: 0)
-    assert run.visible_gpus() == [None]
+    assert gpus.visible_gpus() == ["0", "1"]
+    monkeypatch.setattr(gpus.torch.cuda, "device_count", lambda: 0)
+    assert gpus.visible_gpus() == [None]
 
 
 def test_the_curves_are_the_longest_runs_of_one_teacher():

@@ -138,7 +138,7 @@ def long_skips() -> None:
 def ema_ramp(gamma: float) -> None:
     """A teacher's average reaches back over about 1 / (gamma + 1) of the updates so far; the scripts' gamma is 9.
 
-    Up to --ema-decay, which runs of fewer than 18,000 updates do not reach.
+    Up to --ema-decay, which it reaches after 2,000 gamma updates.
     """
     change(TEACHERS, "ModelEmaV3", lambda *args, **options: ModelEmaV3(*args, **{**options, "warmup_gamma": gamma}))
 

@@ -3,7 +3,7 @@
     python -m benchmarks.ablations.patches gelu train_teacher.py --name gelu --steps 1000
 
 What wins here moves into the scripts; what loses leaves no trace in them. The weights of a changed network load only into a
-process with the same change. Run folder and weights name the patch as a setting of theirs, so that a run goes on with it only.
+process with the same change. Run folder, weights and evaluation name the patch as a setting of theirs, so that a run goes on with it only.
 """
 
 import importlib
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
+import evaluate
 from benchmarks.ablations import network_patches, speed_patches, student_patches
 from benchmarks.ablations.changes import STUDENTS, TEACHERS, change
 from models import dit
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if missing := [flag for flag in NEED.get(name, ()) if flag not in flags]:
         raise ValueError(f"the patch {name} needs {' and '.join(missing)}")
     PATCHES[name]()
-    change([*TEACHERS, *STUDENTS, run_log], "to_dict", lambda config: {**to_dict(config), "patch": name})
+    change([*TEACHERS, *STUDENTS, run_log, evaluate], "to_dict", lambda config: {**to_dict(config), "patch": name})
     importlib.import_module(script.removesuffix(".py").replace("/", ".")).main(flags)
 
 

@@ -12,25 +12,21 @@ Also writes table.md, a section for each time, data set, device, teacher and fur
 shows.
 """
 
+import hashlib
 import importlib
 import json
-import os
-import queue
 import shlex
 import statistics
-import subprocess
-import sys
 import threading
 from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.ablations.variants import VARIANTS, Variant
+from benchmarks.gpus import on_each, start
 from utils import recipes
 from utils.config import parse_config, require
 from utils.pictures import log_scale, pyplot, read_lines
@@ -92,25 +88,6 @@ def command(variant: Variant, seed: int, steps: int, cfg: Config, name: str, log
             *variant.flags]
 
 
-def visible_gpus() -> list[str | None]:
-    """What CUDA_VISIBLE_DEVICES may be for one run each; None where there is no GPU."""
-    asked = os.environ.get("CUDA_VISIBLE_DEVICES")
-    count = torch.cuda.device_count()
-    return (asked.split(",")[:count] if asked else [str(i) for i in range(count)]) or [None]
-
-
-def start(line: list[str], gpu: str | None) -> None:
-    """Run a training script.
-
-    Raises:
-        RuntimeError: it failed; with the end of what it printed.
-    """
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else None
-    done = subprocess.run([sys.executable, *line], capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"{shlex.join(line)} ended with {done.returncode}:\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
-
-
 def spike(norms: Sequence[float], window: int = 20) -> float:
     """The greatest gradient norm over the median of the `window` logged before it. norms: in order."""
     return max((norm / statistics.median(norms[max(0, i - window) : i]) for i, norm in enumerate(norms) if i >= 3), default=1.0)
@@ -124,31 +101,36 @@ def settings(cfg: Config) -> dict[str, Any]:
 def measure(variant: Variant, seed: int, cfg: Config, gpu: str | None) -> dict[str, Any]:
     """Train and evaluate one variant. A run that ends in NaN is a result too."""
     folder, half = Path(cfg.results_dir), cfg.probe_steps // 2
-    probe = f"probe-{variant.cost}"
+    asked = json.dumps([cfg.data, cfg.flags, cfg.teacher, cfg.probe_steps])
+    probe = f"probe-{variant.cost}-{hashlib.sha256(asked.encode()).hexdigest()[:6]}"
     with PROBING[str(folder / probe)]:
-        if not (folder / probe / "metrics.jsonl").is_file():
+        if not (lines := read_lines(folder / probe / "metrics.jsonl")) or lines[-1]["step"] < cfg.probe_steps:      # none, or cut off
             start(command(next(v for v in VARIANTS if v.name == variant.cost), 0, cfg.probe_steps, cfg, probe, half, []), gpu)
-    config, environment = (json.loads((folder / probe / f"{file}.json").read_text()) for file in ("config", "environment"))
+    config = json.loads((folder / probe / "config.json").read_text())
     speed = read_lines(folder / probe / "metrics.jsonl")[-1]["images_per_second"]
     steps = max(1, round(cfg.seconds * speed / config["global_batch_size"]))
     name = f"{variant.name}-{cfg.seconds:g}s-seed{seed}"
     line = command(variant, seed, steps, cfg, name, max(1, steps // 100), ["--eval-every", str(steps)])
-    result = {"variant": variant.name, "seed": seed, "steps": steps, **settings(cfg), "device": environment[-1]["device"],
-              "images_per_second": speed, "command": shlex.join(["python", *line])}
+    result = {"variant": variant.name, "seed": seed, "steps": steps, **settings(cfg), "images_per_second": speed,
+              "command": shlex.join(["python", *line])}
     try:
         start(line, gpu)
     except RuntimeError as error:
         if "NonFiniteError" not in str(error):
             raise
-        return {**result, "failed": "not finite"}
+        result["failed"] = "not finite"
+    result["device"] = json.loads((folder / name / "environment.json").read_text())[-1]["device"]
+    if "failed" in result:
+        return result
     rows, evaluations = read_lines(folder / name / "metrics.jsonl"), read_lines(folder / name / "evaluations.jsonl")
     norms = [row["grad_norm"] for row in rows]
+    result["seconds_taken"] = rows[-1]["seconds"]
     return {**result, "spike": spike(norms), "norms": [[row["step"], round(row["grad_norm"], 5)] for row in rows],
             **{key: value for key, value in evaluations[-1].items() if key != "step"}}
 
 
 def sections(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Headings, and the runs that may be compared under each, in the order in which they were begun."""
+    """Headings, and the runs that may be compared under each, in the order in which they ended."""
     parts: dict[str, list[dict[str, Any]]] = {}
     for row in results:
         heading = f"{row['data']}, {row['seconds']:g} s a run, {row['device']}"
@@ -199,7 +181,7 @@ def save_norms(rows: dict[str, dict[str, Any]], path: Path) -> None:
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
     for name, row in sorted(rows.items()):
-        axis.plot(*zip(*row["norms"]), label=name, linewidth=1)
+        axis.plot(*zip(*row["norms"]), label=f"{name}, {row['seconds']:g} s, seed {row['seed']}", linewidth=1)
     axis.set(xlabel="update", ylabel="gradient norm")
     log_scale(axis)
     axis.grid(alpha=0.3)
@@ -214,30 +196,15 @@ def run_all(todo: list[tuple[Variant, int]], cfg: Config, file: Path) -> None:
     Raises:
         RuntimeError: a run failed; what had begun beside it was finished and written.
     """
-    gpus: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-    for gpu in visible_gpus():
-        gpus.put(gpu)
-    writing, failed = threading.Lock(), threading.Event()
+    writing = threading.Lock()
 
-    def one(variant: Variant, seed: int) -> None:
-        if failed.is_set():
-            return
-        gpu = gpus.get()
-        try:
-            result = measure(variant, seed, cfg, gpu)
-        except BaseException:
-            failed.set()
-            raise
-        finally:
-            gpus.put(gpu)
+    def one(variant: Variant, seed: int, gpu: str | None) -> None:
+        result = measure(variant, seed, cfg, gpu)
         with writing, open(file, "a") as lines:
             lines.write(json.dumps(result) + "\n")
             print({key: value for key, value in result.items() if key not in ("command", "norms")}, flush=True)
 
-    with ThreadPoolExecutor(gpus.qsize()) as threads:
-        runs = [threads.submit(one, *asked) for asked in todo]
-    for run in runs:
-        run.result()
+    on_each([partial(one, *asked) for asked in todo])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

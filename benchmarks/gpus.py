@@ -1,0 +1,62 @@
+"""Training commands side by side: each visible GPU takes one at a time."""
+
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+
+def visible_gpus() -> list[str | None]:
+    """What CUDA_VISIBLE_DEVICES may be for one command each; None where there is no GPU."""
+    asked = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return (asked.split(",")[:count] if asked else [str(i) for i in range(count)]) or [None]
+
+
+def start(line: list[str], gpu: str | None) -> None:
+    """Run a Python program.
+
+    Args:
+        line: what stands after "python".
+
+    Raises:
+        RuntimeError: it failed; with the end of what it printed.
+    """
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu} if gpu is not None else None
+    done = subprocess.run([sys.executable, *line], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"python {' '.join(line)} ended with {done.returncode}:\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
+
+
+def on_each(jobs: Sequence[Callable[[str | None], None]]) -> None:
+    """Call each job with a GPU of its own for as long as it takes, in their order.
+
+    Raises:
+        Whatever the first of the jobs that failed raised: those that had begun beside it were finished, no other was begun.
+    """
+    gpus: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    for gpu in visible_gpus():
+        gpus.put(gpu)
+    failed = threading.Event()
+
+    def one(job: Callable[[str | None], None]) -> None:
+        if failed.is_set():
+            return
+        gpu = gpus.get()
+        try:
+            job(gpu)
+        except BaseException:
+            failed.set()
+            raise
+        finally:
+            gpus.put(gpu)
+
+    with ThreadPoolExecutor(gpus.qsize()) as threads:
+        runs = [threads.submit(one, job) for job in jobs]
+    for run in runs:
+        run.result()

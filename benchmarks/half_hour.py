@@ -1,0 +1,116 @@
+"""The half-hour run: a teacher and its student from scratch, then their numbers, once for each seed, on one GPU each.
+
+    python -m benchmarks.half_hour                                    the defaults, seeds 0 and 1
+    python -m benchmarks.half_hour --name small --seeds 0 --teacher-flags="--model DiT-Ti/2 --steps 45000" --student-flags="--steps 16000"
+    python -m benchmarks.half_hour --name uniform --seeds 0 --teacher TEACHER --student-flags="--t-law uniform"     of a given teacher
+
+The same command goes on: a run that is finished is left alone, one that was stopped continues. Each seed's row of <out> (JSON lines)
+has the commands, the time from their start to their end, the largest rise of a gradient norm, and what evaluate.py measured.
+"""
+
+import json
+import shlex
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.ablations.run import script, spike
+from benchmarks.gpus import on_each, start
+from utils.checkpoints import is_finished
+from utils.config import parse_config, require
+from utils.pictures import read_lines
+from utils.run_log import write_text
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = "defaults"                      # of this choice of flags; begins the names of its runs
+    seeds: tuple[int, ...] = (0, 1)             # one GPU each, as many at once as there are
+    data: str = "cifar10"                       # as for the training scripts
+    data_root: str = "data"                     # likewise
+    teacher: str | None = None                  # of all students; None: each seed trains its own first
+    teacher_flags: str = ""                     # further flags of the teacher's run, as in --teacher-flags="--model DiT-Ti/2"
+    student_flags: str = ""                     # likewise
+    evaluate_flags: str = "--num-steps 1 2 4"   # of evaluate.py
+    teacher_patch: str | None = None            # of benchmarks.ablations.patches; not one that changes the network's shape
+    student_patch: str | None = None            # likewise
+    results_dir: str = "results/half-hour"      # folder of the runs and evaluations
+    out: str = "results/half-hour/rows.jsonl"   # a row for each seed, appended when it is done
+
+    def __post_init__(self) -> None:
+        require(self, "seeds", len(self.seeds) > 0, "one or more")
+        require(self, "name", self.name != "" and not set(self.name) & set("/\\"), "a part of a folder's name, without slashes")
+        require(self, "teacher", self.teacher is None or not (self.teacher_flags or self.teacher_patch),
+                "left out, or the teacher's flags and patch are")
+
+
+def stages(cfg: Config) -> list[str]:
+    return ["teacher", "student"] if cfg.teacher is None else ["student"]
+
+
+def run_command(stage: str, seed: int, cfg: Config) -> tuple[Path, list[str]]:
+    """Run folder, and what stands after "python", of "teacher" or "student"."""
+    patch, flags = (cfg.teacher_patch, cfg.teacher_flags) if stage == "teacher" else (cfg.student_patch, cfg.student_flags)
+    folder = Path(cfg.results_dir, f"{cfg.name}-{stage}-seed{seed}")
+    of = [] if stage == "teacher" else ["--teacher", cfg.teacher or str(run_command("teacher", seed, cfg)[0])]
+    return folder, [*(["-m", "benchmarks.ablations.patches", patch] if patch else []), f"{script(stage, cfg.data)}.py", "--data", cfg.data,
+                    "--data-root", cfg.data_root, "--seed", str(seed), "--name", folder.name, "--results-dir", cfg.results_dir,
+                    "--comet", "off", *of, *shlex.split(flags)]
+
+
+def train(stage: str, seed: int, cfg: Config, gpu: str | None) -> dict[str, Any]:
+    """Train one stage to its end, and tell what it took."""
+    folder, line = run_command(stage, seed, cfg)
+    times = folder.with_name(f"{folder.name}.seconds.json") # of all starts of the run by this command
+    before = json.loads(times.read_text()) if times.is_file() else 0.0
+    config = folder / "config.json"
+    if not (config.is_file() and is_finished(folder / "checkpoints", json.loads(config.read_text())["steps"])):
+        began = time.monotonic()
+        try:
+            start(line, gpu)
+        finally:
+            before += time.monotonic() - began
+            times.parent.mkdir(parents=True, exist_ok=True)
+            write_text(times, json.dumps(before))
+    rows = read_lines(folder / "metrics.jsonl")
+    environment = json.loads((folder / "environment.json").read_text())[-1]
+    return {"command": shlex.join(["python", *line]), "steps": rows[-1]["step"], "seconds": round(before, 1),
+            "seconds_of_updates": round(rows[-1]["seconds"], 1), "spike": round(spike([row["grad_norm"] for row in rows]), 2),
+            "device": environment["device"], "torch": environment["torch"]}
+
+
+def one_seed(seed: int, cfg: Config, writing: threading.Lock, gpu: str | None) -> None:
+    """All of a seed, and its row."""
+    row: dict[str, Any] = {"name": cfg.name, "seed": seed}
+    for stage in stages(cfg):
+        row[stage] = train(stage, seed, cfg, gpu)
+    student = run_command("student", seed, cfg)[0]
+    out = student.with_name(f"{student.name}-evaluation")
+    start(["evaluate.py", str(student), "--data-root", cfg.data_root, "--out", str(out), "--cache", str(Path(cfg.results_dir, "features")),
+           *shlex.split(cfg.evaluate_flags)], gpu)
+    row["evaluation"] = {key: value for key, value in json.loads((out / "metrics.json").read_text()).items() if key != "config"}
+    with writing, open(cfg.out, "a") as lines:
+        lines.write(json.dumps(row) + "\n")
+        print((out / "table.md").read_text(), flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    cfg = parse_config(Config, argv, __doc__)
+    Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+    done = {row["seed"]: row for row in read_lines(Path(cfg.out)) if row["name"] == cfg.name}
+    for seed in set(cfg.seeds) & done.keys():
+        for stage in stages(cfg):
+            asked, was = shlex.join(["python", *run_command(stage, seed, cfg)[1]]), done[seed].get(stage, {}).get("command")
+            if asked != was:
+                raise ValueError(f"--name {cfg.name}: {cfg.out} holds a row of seed {seed} by another command; choose another --name.\n"
+                                 f"asked: {asked}\nwas: {was}")
+    writing = threading.Lock()
+    on_each([partial(one_seed, seed, cfg, writing) for seed in cfg.seeds if seed not in done])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""benchmarks.half_hour: both stages and their numbers, for each seed; it goes on where it was stopped."""
+
+import importlib
+import json
+
+import pytest
+from runs import STEPS
+
+import train_classifier
+from benchmarks import half_hour
+from utils.checkpoints import read_metadata, step_folders
+
+TINY = f"--steps {STEPS} --global-batch-size 16 --log-every 2 --sample-every 6 --device cpu --warmup-steps 2"
+
+
+@pytest.fixture
+def flags(tmp_path):
+    train_classifier.main(["--data", "digits", "--out", str(tmp_path / "judge.safetensors"), "--epochs", "1", "--width", "8",
+                           "--min-accuracy", "0.1", "--device", "cpu"])
+    return ["--name", "tiny", "--data", "digits", "--results-dir", str(tmp_path / "runs"), "--out", str(tmp_path / "rows.jsonl"),
+            f"--teacher-flags={TINY} --model DiT-Test/4 --sample-steps 2", f"--student-flags={TINY}",
+            f"--evaluate-flags=--num-steps 1 2 --num-images 300 --seeds 1 --device cpu --classifier {tmp_path / 'judge.safetensors'}"]
+
+
+def test_both_stages_and_numbers_of_each_seed(flags, tmp_path, monkeypatch):
+    started = []
+
+    def start(line, gpu):
+        started.append((line[0], *(flag for flag in line if "-seed" in flag)))
+        if len(started) == 5:                               # of seed 1: its student's first start
+            raise RuntimeError("CUDA out of memory")
+        importlib.import_module(line[0].removesuffix(".py")).main(line[1:])
+
+    monkeypatch.setattr(half_hour, "start", start)
+    monkeypatch.setattr(half_hour, "on_each", lambda jobs: [job(None) for job in jobs])     # signals are the main thread's
+    with pytest.raises(RuntimeError, match="out of memory"):
+        half_hour.main(flags)
+    file, runs = tmp_path / "rows.jsonl", tmp_path / "runs"
+    assert [json.loads(line)["seed"] for line in file.read_text().splitlines()] == [0]
+    half_hour.main(flags)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(row["name"], row["seed"]) for row in rows] == [("tiny", 0), ("tiny", 1)]
+    assert [line[0] for line in started[5:]] == ["train_student_mnist.py", "evaluate.py"]                  # the teacher is there
+    for seed, row in enumerate(rows):
+        assert row["teacher"]["steps"] == row["student"]["steps"] == STEPS
+        assert row["student"]["seconds"] > row["student"]["seconds_of_updates"] > 0
+        assert [found["name"] for found in row["evaluation"]["rows"]] == ["1 step", "2 steps"] and row["evaluation"]["floor"]
+        weights = [read_metadata(step_folders(runs / f"tiny-{stage}-seed{seed}/checkpoints")[-1] / "ema.safetensors")
+                   for stage in ("teacher", "student")]
+        assert [each["config"]["seed"] for each in weights] == [seed, seed]
+        assert f"--teacher {runs}/tiny-teacher-seed{seed}" in row["student"]["command"]
+    half_hour.main(flags)                                   # all is there
+    assert len(started) == 7
+    with pytest.raises(ValueError, match="holds a row of seed 0 by another command(.|\n)*t-law uniform"):
+        half_hour.main([*flags, f"--student-flags={TINY} --t-law uniform", "--seeds", "0"])
+
+
+def test_patches_and_a_given_teacher():
+    cfg = half_hour.Config(name="near", teacher_patch="nearest-of-4", student_patch="warm-start")
+    assert half_hour.run_command("teacher", 0, cfg)[1][:4] == ["-m", "benchmarks.ablations.patches", "nearest-of-4", "train_teacher.py"]
+    assert half_hour.run_command("student", 0, cfg)[1][2] == "warm-start"
+    given = half_hour.Config(teacher="mine.safetensors")
+    assert half_hour.stages(given) == ["student"] and "mine.safetensors" in half_hour.run_command("student", 3, given)[1]
+    with pytest.raises(ValueError, match="--teacher mine.safetensors: must be left out"):
+        half_hour.Config(teacher="mine.safetensors", teacher_flags="--steps 3")
+    with pytest.raises(ValueError, match="without slashes"):
+        half_hour.Config(name="a/b")
