@@ -1,5 +1,6 @@
 """Training commands side by side: each visible GPU takes one at a time."""
 
+import json
 import os
 import queue
 import subprocess
@@ -7,8 +8,11 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
+
+from utils.checkpoints import is_finished
 
 
 def visible_gpus() -> list[str | None]:
@@ -31,6 +35,16 @@ def start(line: list[str], gpu: str | None) -> None:
     done = subprocess.run([sys.executable, *line], capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"python {' '.join(line)} ended with {done.returncode}:\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
+
+
+def is_done(folder: Path, line: list[str]) -> bool:
+    """Whether a run folder is at its end, and this command was the last to go on with it. line: as for `start`."""
+    files = [folder / name for name in ("config.json", "environment.json")]
+    if not all(file.is_file() for file in files):
+        return False
+    config, starts = (json.loads(file.read_text()) for file in files)
+    asked = line[2:] if line[0] == "-m" else line[1:]
+    return starts[-1]["command"][1:] == asked and is_finished(folder / "checkpoints", config["steps"])
 
 
 def on_each(jobs: Sequence[Callable[[str | None], None]]) -> None:

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ablations.run import script, spike
-from benchmarks.gpus import on_each, start
-from utils.checkpoints import is_finished
+from benchmarks.gpus import is_done, on_each, start
 from utils.config import parse_config, require
 from utils.pictures import read_lines
 from utils.run_log import write_text
@@ -67,8 +66,7 @@ def train(stage: str, seed: int, cfg: Config, gpu: str | None) -> dict[str, Any]
     folder, line = run_command(stage, seed, cfg)
     times = folder.with_name(f"{folder.name}.seconds.json") # of all starts of the run by this command
     before = json.loads(times.read_text()) if times.is_file() else 0.0
-    config = folder / "config.json"
-    if not (config.is_file() and is_finished(folder / "checkpoints", json.loads(config.read_text())["steps"])):
+    if not is_done(folder, line):
         began = time.monotonic()
         try:
             start(line, gpu)

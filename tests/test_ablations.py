@@ -56,8 +56,8 @@ def leave(line, **numbers):
     flags = dict(zip(line[1::2], line[2::2]))
     folder = Path(flags["--results-dir"], flags["--name"])
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"global_batch_size": 100}))
-    (folder / "environment.json").write_text(json.dumps([{"device": "some card"}]))
+    (folder / "config.json").write_text(json.dumps({"global_batch_size": 100, "steps": int(flags["--steps"])}))
+    (folder / "environment.json").write_text(json.dumps([{"device": "some card", "command": line}]))
     rows = [{"step": int(flags["--steps"]) * i // 4, "images_per_second": 2000.0, "grad_norm": 1.0 + i, "seconds": 25.0} for i in range(5)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "evaluations.jsonl").write_text(json.dumps({"step": 5, **numbers}) + "\n")
@@ -97,6 +97,14 @@ def test_runs_results_and_table(tmp_path, monkeypatch):
     text = (tmp_path / "table.md").read_text()
     assert text.count("\n## ") == 2 and text.count("| student | the defaults |") == 2
 
+    (tmp_path / "again").mkdir()                            # as if it had been killed before it wrote the results of finished runs
+    monkeypatch.setattr(run, "is_done", lambda folder, line: folder.is_dir())
+    count = len(started)
+    run.main([*flags, "--out", str(tmp_path / "again")])
+    assert len(started) == count and len((tmp_path / "again/results.jsonl").read_text().splitlines()) == 4
+    monkeypatch.undo()
+
+    monkeypatch.setattr(gpus, "visible_gpus", lambda: [None])
     monkeypatch.setattr(run, "start", lambda line, gpu: (_ for _ in ()).throw(RuntimeError("CUDA out of memory")))
     with pytest.raises(RuntimeError, match="out of memory"):                    # any other failure is no result
         run.main(["--only", "student", "--seconds", "30", "--seeds", "7", "--out", str(tmp_path), "--results-dir", str(tmp_path / "runs")])

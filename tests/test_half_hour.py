@@ -2,12 +2,13 @@
 
 import importlib
 import json
+import shutil
 
 import pytest
 from runs import STEPS
 
 import train_classifier
-from benchmarks import half_hour
+from benchmarks import gpus, half_hour
 from utils.checkpoints import read_metadata, step_folders
 
 TINY = f"--steps {STEPS} --global-batch-size 16 --log-every 2 --sample-every 6 --device cpu --warmup-steps 2"
@@ -29,6 +30,7 @@ def test_both_stages_and_numbers_of_each_seed(flags, tmp_path, monkeypatch):
         started.append((line[0], *(flag for flag in line if "-seed" in flag)))
         if len(started) == 5:                               # of seed 1: its student's first start
             raise RuntimeError("CUDA out of memory")
+        monkeypatch.setattr("sys.argv", line)               # which a run notes as its command
         importlib.import_module(line[0].removesuffix(".py")).main(line[1:])
 
     monkeypatch.setattr(half_hour, "start", start)
@@ -53,6 +55,22 @@ def test_both_stages_and_numbers_of_each_seed(flags, tmp_path, monkeypatch):
     assert len(started) == 7
     with pytest.raises(ValueError, match="holds a row of seed 0 by another command(.|\n)*t-law uniform"):
         half_hour.main([*flags, f"--student-flags={TINY} --t-law uniform", "--seeds", "0"])
+
+
+def test_done_is_a_run_of_the_same_command_that_is_at_its_end(results, tmp_path):
+    """`results`: the runs of conftest.py."""
+    shutil.copytree(results / "teacher-digits", tmp_path / "run")
+    file = tmp_path / "run/environment.json"
+    starts = json.loads(file.read_text())
+    for before, command in ((["train_teacher_mnist.py"], ["train_teacher_mnist.py"]),
+                            (["-m", "benchmarks.ablations.patches"], ["/somewhere/patches.py"])):
+        starts[-1]["command"] = [*command, "--seed", "0"]
+        file.write_text(json.dumps(starts))
+        assert gpus.is_done(tmp_path / "run", [*before, "--seed", "0"])
+        assert not gpus.is_done(tmp_path / "run", [*before, "--seed", "1"])
+        assert not gpus.is_done(tmp_path / "nowhere", [*before, "--seed", "0"])
+    shutil.rmtree(step_folders(tmp_path / "run/checkpoints")[-1])
+    assert not gpus.is_done(tmp_path / "run", [*before, "--seed", "0"])
 
 
 def test_patches_and_a_given_teacher():

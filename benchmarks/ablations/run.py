@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ablations.variants import VARIANTS, Variant
-from benchmarks.gpus import on_each, start
+from benchmarks.gpus import is_done, on_each, start
 from utils import recipes
 from utils.config import parse_config, require
 from utils.pictures import log_scale, pyplot, read_lines
@@ -114,7 +114,8 @@ def measure(variant: Variant, seed: int, cfg: Config, gpu: str | None) -> dict[s
     result = {"variant": variant.name, "seed": seed, "steps": steps, **settings(cfg), "images_per_second": speed,
               "command": shlex.join(["python", *line])}
     try:
-        start(line, gpu)
+        if not is_done(folder / name, line):                # it is where this program was killed before it wrote the result
+            start(line, gpu)
     except RuntimeError as error:
         if "NonFiniteError" not in str(error):
             raise
