@@ -47,6 +47,18 @@ def is_done(folder: Path, line: list[str]) -> bool:
     return starts[-1]["command"][1:] == asked and is_finished(folder / "checkpoints", config["steps"])
 
 
+def finish(folder: Path, line: list[str], gpu: str | None) -> None:
+    """Run a training script to its end, unless it is there.
+
+    Raises:
+        RuntimeError: it failed, or was stopped on its way.
+    """
+    if not is_done(folder, line):
+        start(line, gpu)
+        if not is_done(folder, line):
+            raise RuntimeError(f"{folder} was stopped before its end; the same command goes on")
+
+
 def on_each(jobs: Sequence[Callable[[str | None], None]]) -> None:
     """Call each job with a GPU of its own for as long as it takes, in their order.
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ablations.run import script, spike
-from benchmarks.gpus import is_done, on_each, start
+from benchmarks.gpus import finish, on_each, start
 from utils.config import parse_config, require
 from utils.pictures import read_lines
 from utils.run_log import write_text
@@ -66,14 +66,13 @@ def train(stage: str, seed: int, cfg: Config, gpu: str | None) -> dict[str, Any]
     folder, line = run_command(stage, seed, cfg)
     times = folder.with_name(f"{folder.name}.seconds.json") # of all starts of the run by this command
     before = json.loads(times.read_text()) if times.is_file() else 0.0
-    if not is_done(folder, line):
-        began = time.monotonic()
-        try:
-            start(line, gpu)
-        finally:
-            before += time.monotonic() - began
-            times.parent.mkdir(parents=True, exist_ok=True)
-            write_text(times, json.dumps(before))
+    began = time.monotonic()
+    try:
+        finish(folder, line, gpu)
+    finally:
+        before += time.monotonic() - began
+        times.parent.mkdir(parents=True, exist_ok=True)
+        write_text(times, json.dumps(before))
     rows = read_lines(folder / "metrics.jsonl")
     environment = json.loads((folder / "environment.json").read_text())[-1]
     return {"command": shlex.join(["python", *line]), "steps": rows[-1]["step"], "seconds": round(before, 1),

@@ -33,7 +33,8 @@ def test_both_stages_and_numbers_of_each_seed(flags, tmp_path, monkeypatch):
         monkeypatch.setattr("sys.argv", line)               # which a run notes as its command
         importlib.import_module(line[0].removesuffix(".py")).main(line[1:])
 
-    monkeypatch.setattr(half_hour, "start", start)
+    monkeypatch.setattr(half_hour, "start", start)          # of evaluate.py
+    monkeypatch.setattr(gpus, "start", start)
     monkeypatch.setattr(half_hour, "on_each", lambda jobs: [job(None) for job in jobs])     # signals are the main thread's
     with pytest.raises(RuntimeError, match="out of memory"):
         half_hour.main(flags)

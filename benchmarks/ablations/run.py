@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ablations.variants import VARIANTS, Variant
-from benchmarks.gpus import is_done, on_each, start
+from benchmarks.gpus import finish, on_each
 from utils import recipes
 from utils.config import parse_config, require
 from utils.pictures import log_scale, pyplot, read_lines
@@ -104,8 +104,8 @@ def measure(variant: Variant, seed: int, cfg: Config, gpu: str | None) -> dict[s
     asked = json.dumps([cfg.data, cfg.flags, cfg.teacher, cfg.probe_steps])
     probe = f"probe-{variant.cost}-{hashlib.sha256(asked.encode()).hexdigest()[:6]}"
     with PROBING[str(folder / probe)]:
-        if not (lines := read_lines(folder / probe / "metrics.jsonl")) or lines[-1]["step"] < cfg.probe_steps:      # none, or cut off
-            start(command(next(v for v in VARIANTS if v.name == variant.cost), 0, cfg.probe_steps, cfg, probe, half, []), gpu)
+        alike = next(v for v in VARIANTS if v.name == variant.cost)
+        finish(folder / probe, command(alike, 0, cfg.probe_steps, cfg, probe, half, []), gpu)
     config = json.loads((folder / probe / "config.json").read_text())
     speed = read_lines(folder / probe / "metrics.jsonl")[-1]["images_per_second"]
     steps = max(1, round(cfg.seconds * speed / config["global_batch_size"]))
@@ -114,8 +114,7 @@ def measure(variant: Variant, seed: int, cfg: Config, gpu: str | None) -> dict[s
     result = {"variant": variant.name, "seed": seed, "steps": steps, **settings(cfg), "images_per_second": speed,
               "command": shlex.join(["python", *line])}
     try:
-        if not is_done(folder / name, line):                # it is where this program was killed before it wrote the result
-            start(line, gpu)
+        finish(folder / name, line, gpu)
     except RuntimeError as error:
         if "NonFiniteError" not in str(error):
             raise
