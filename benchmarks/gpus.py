@@ -9,10 +9,13 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from utils.checkpoints import is_finished
+
+Result = TypeVar("Result")
 
 
 def visible_gpus() -> list[str | None]:
@@ -59,23 +62,28 @@ def finish(folder: Path, line: list[str], gpu: str | None) -> None:
             raise RuntimeError(f"{folder} was stopped before its end; the same command goes on")
 
 
-def on_each(jobs: Sequence[Callable[[str | None], None]]) -> None:
+def on_each(jobs: Sequence[Callable[[str | None], Result]], keep: Callable[[Result], None]) -> None:
     """Call each job with a GPU of its own for as long as it takes, in their order.
 
+    Args:
+        keep: called with what each job returned, as soon as it is there, one at a time.
+
     Raises:
-        Whatever the first of the jobs that failed raised: those that had begun beside it were finished, no other was begun.
+        Whatever the first of the jobs that failed raised: those that had begun beside it were finished and kept, no other was begun.
     """
     gpus: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     for gpu in visible_gpus():
         gpus.put(gpu)
-    failed = threading.Event()
+    failed, keeping = threading.Event(), threading.Lock()
 
-    def one(job: Callable[[str | None], None]) -> None:
+    def one(job: Callable[[str | None], Result]) -> None:
         if failed.is_set():
             return
         gpu = gpus.get()
         try:
-            job(gpu)
+            result = job(gpu)
+            with keeping:
+                keep(result)
         except BaseException:
             failed.set()
             raise

@@ -10,7 +10,6 @@ has the commands, the time from their start to their end, the largest rise of a 
 
 import json
 import shlex
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ablations.run import script, spike
+from benchmarks.ablations.run import script_line, spike
 from benchmarks.gpus import finish, on_each, start
 from utils.config import parse_config, require
 from utils.pictures import read_lines
@@ -55,33 +54,31 @@ def run_command(stage: str, seed: int, cfg: Config) -> tuple[Path, list[str]]:
     """Run folder, and what stands after "python", of "teacher" or "student"."""
     patch, flags = (cfg.teacher_patch, cfg.teacher_flags) if stage == "teacher" else (cfg.student_patch, cfg.student_flags)
     folder = Path(cfg.results_dir, f"{cfg.name}-{stage}-seed{seed}")
-    of = [] if stage == "teacher" else ["--teacher", cfg.teacher or str(run_command("teacher", seed, cfg)[0])]
-    return folder, [*(["-m", "benchmarks.ablations.patches", patch] if patch else []), f"{script(stage, cfg.data)}.py", "--data", cfg.data,
-                    "--data-root", cfg.data_root, "--seed", str(seed), "--name", folder.name, "--results-dir", cfg.results_dir,
-                    "--comet", "off", *of, *shlex.split(flags)]
+    teacher = None if stage == "teacher" else cfg.teacher or str(run_command("teacher", seed, cfg)[0])
+    return folder, [*script_line(stage, seed, folder.name, patch, teacher, cfg), *shlex.split(flags)]
 
 
 def train(stage: str, seed: int, cfg: Config, gpu: str | None) -> dict[str, Any]:
     """Train one stage to its end, and tell what it took."""
     folder, line = run_command(stage, seed, cfg)
     times = folder.with_name(f"{folder.name}.seconds.json") # of all starts of the run by this command
-    before = json.loads(times.read_text()) if times.is_file() else 0.0
+    seconds = json.loads(times.read_text()) if times.is_file() else 0.0
     began = time.monotonic()
     try:
         finish(folder, line, gpu)
     finally:
-        before += time.monotonic() - began
+        seconds += time.monotonic() - began
         times.parent.mkdir(parents=True, exist_ok=True)
-        write_text(times, json.dumps(before))
+        write_text(times, json.dumps(seconds))
     rows = read_lines(folder / "metrics.jsonl")
     environment = json.loads((folder / "environment.json").read_text())[-1]
-    return {"command": shlex.join(["python", *line]), "steps": rows[-1]["step"], "seconds": round(before, 1),
+    return {"command": shlex.join(["python", *line]), "steps": rows[-1]["step"], "seconds": round(seconds, 1),
             "seconds_of_updates": round(rows[-1]["seconds"], 1), "spike": round(spike([row["grad_norm"] for row in rows]), 2),
             "device": environment["device"], "torch": environment["torch"]}
 
 
-def one_seed(seed: int, cfg: Config, writing: threading.Lock, gpu: str | None) -> None:
-    """All of a seed, and its row."""
+def one_seed(seed: int, cfg: Config, gpu: str | None) -> dict[str, Any]:
+    """All of a seed. Returns its row."""
     row: dict[str, Any] = {"name": cfg.name, "seed": seed}
     for stage in stages(cfg):
         row[stage] = train(stage, seed, cfg, gpu)
@@ -90,9 +87,8 @@ def one_seed(seed: int, cfg: Config, writing: threading.Lock, gpu: str | None) -
     start(["evaluate.py", str(student), "--data-root", cfg.data_root, "--out", str(out), "--cache", str(Path(cfg.results_dir, "features")),
            *shlex.split(cfg.evaluate_flags)], gpu)
     row["evaluation"] = {key: value for key, value in json.loads((out / "metrics.json").read_text()).items() if key != "config"}
-    with writing, open(cfg.out, "a") as lines:
-        lines.write(json.dumps(row) + "\n")
-        print((out / "table.md").read_text(), flush=True)
+    print((out / "table.md").read_text(), flush=True)
+    return row
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -105,8 +101,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             if asked != was:
                 raise ValueError(f"--name {cfg.name}: {cfg.out} holds a row of seed {seed} by another command; choose another --name.\n"
                                  f"asked: {asked}\nwas: {was}")
-    writing = threading.Lock()
-    on_each([partial(one_seed, seed, cfg, writing) for seed in cfg.seeds if seed not in done])
+
+    def keep(row: dict[str, Any]) -> None:
+        with open(cfg.out, "a") as lines:
+            lines.write(json.dumps(row) + "\n")
+
+    on_each([partial(one_seed, seed, cfg) for seed in cfg.seeds if seed not in done], keep)
 
 
 if __name__ == "__main__":

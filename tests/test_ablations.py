@@ -159,14 +159,14 @@ def test_a_probe_that_was_cut_off_is_run_again(tmp_path, monkeypatch):
 
 def test_after_a_failure_no_other_job_is_begun(monkeypatch):
     monkeypatch.setattr(gpus, "visible_gpus", lambda: [None])
-    begun = []
+    begun, kept = [], []
 
     def fail(gpu):
         raise OSError("full")
 
     with pytest.raises(OSError, match="full"):
-        gpus.on_each([begun.append, fail, begun.append])
-    assert begun == [None]
+        gpus.on_each([begun.append, fail, begun.append], kept.append)
+    assert begun == kept == [None]
 
 
 def test_a_command_sees_its_gpu_alone():

@@ -35,7 +35,7 @@ def test_both_stages_and_numbers_of_each_seed(flags, tmp_path, monkeypatch):
 
     monkeypatch.setattr(half_hour, "start", start)          # of evaluate.py
     monkeypatch.setattr(gpus, "start", start)
-    monkeypatch.setattr(half_hour, "on_each", lambda jobs: [job(None) for job in jobs])     # signals are the main thread's
+    monkeypatch.setattr(half_hour, "on_each", lambda jobs, keep: [keep(job(None)) for job in jobs])     # signals are the main thread's
     with pytest.raises(RuntimeError, match="out of memory"):
         half_hour.main(flags)
     file, runs = tmp_path / "rows.jsonl", tmp_path / "runs"

@@ -79,13 +79,21 @@ def is_default(variant: Variant, cfg: Config) -> bool:
     return variant.flags != [] and variant.patch is None and plain == changed
 
 
+def script_line(stage: str, seed: int, name: str, patch: str | None, teacher: str | None, cfg: Any) -> list[str]:
+    """A stage's script, under a patch or not, with the flags that every run of a benchmark has: what stands after "python".
+
+    Args:
+        teacher: of a student; a teacher has none. cfg: has data, data_root and results_dir.
+    """
+    patched = ["-m", "benchmarks.ablations.patches", patch] if patch else []
+    of = ["--teacher", teacher] if stage == "student" and teacher else []
+    return [*patched, f"{script(stage, cfg.data)}.py", "--data", cfg.data, "--data-root", cfg.data_root, "--seed", str(seed),
+            "--name", name, "--results-dir", cfg.results_dir, "--comet", "off", *of]
+
+
 def command(variant: Variant, seed: int, steps: int, cfg: Config, name: str, log_every: int, extra: Sequence[str]) -> list[str]:
-    teacher = ["--teacher", cfg.teacher] if variant.stage == "student" and cfg.teacher else []
-    patched = ["-m", "benchmarks.ablations.patches", variant.patch] if variant.patch else []
-    return [*patched, f"{script(variant.stage, cfg.data)}.py", "--data", cfg.data, "--data-root", cfg.data_root, "--seed", str(seed),
-            "--steps", str(steps), "--name", name, "--results-dir", cfg.results_dir, "--log-every", str(log_every),
-            "--sample-every", str(steps), "--save-every", str(steps), "--comet", "off", *teacher, *extra, *shlex.split(cfg.flags),
-            *variant.flags]
+    return [*script_line(variant.stage, seed, name, variant.patch, cfg.teacher, cfg), "--steps", str(steps), "--log-every", str(log_every),
+            "--sample-every", str(steps), "--save-every", str(steps), *extra, *shlex.split(cfg.flags), *variant.flags]
 
 
 def spike(norms: Sequence[float], window: int = 20) -> float:
@@ -118,15 +126,14 @@ def measure(variant: Variant, seed: int, cfg: Config, gpu: str | None) -> dict[s
     except RuntimeError as error:
         if "NonFiniteError" not in str(error):
             raise
-        result["failed"] = "not finite"
-    result["device"] = json.loads((folder / name / "environment.json").read_text())[-1]["device"]
-    if "failed" in result:
-        return result
-    rows, evaluations = read_lines(folder / name / "metrics.jsonl"), read_lines(folder / name / "evaluations.jsonl")
-    norms = [row["grad_norm"] for row in rows]
-    result["seconds_taken"] = rows[-1]["seconds"]
-    return {**result, "spike": spike(norms), "norms": [[row["step"], round(row["grad_norm"], 5)] for row in rows],
-            **{key: value for key, value in evaluations[-1].items() if key != "step"}}
+        numbers = {"failed": "not finite"}
+    else:
+        rows, evaluations = read_lines(folder / name / "metrics.jsonl"), read_lines(folder / name / "evaluations.jsonl")
+        numbers = {"seconds_taken": rows[-1]["seconds"], "spike": spike([row["grad_norm"] for row in rows]),
+                   "norms": [[row["step"], round(row["grad_norm"], 5)] for row in rows],
+                   **{key: value for key, value in evaluations[-1].items() if key != "step"}}
+    device = json.loads((folder / name / "environment.json").read_text())[-1]["device"]
+    return {**result, "device": device, **numbers}
 
 
 def sections(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -196,15 +203,12 @@ def run_all(todo: list[tuple[Variant, int]], cfg: Config, file: Path) -> None:
     Raises:
         RuntimeError: a run failed; what had begun beside it was finished and written.
     """
-    writing = threading.Lock()
-
-    def one(variant: Variant, seed: int, gpu: str | None) -> None:
-        result = measure(variant, seed, cfg, gpu)
-        with writing, open(file, "a") as lines:
+    def keep(result: dict[str, Any]) -> None:
+        with open(file, "a") as lines:
             lines.write(json.dumps(result) + "\n")
-            print({key: value for key, value in result.items() if key not in ("command", "norms")}, flush=True)
+        print({key: value for key, value in result.items() if key not in ("command", "norms")}, flush=True)
 
-    on_each([partial(one, *asked) for asked in todo])
+    on_each([partial(measure, variant, seed, cfg) for variant, seed in todo], keep)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
