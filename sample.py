@@ -5,6 +5,7 @@
     python sample.py checkpoints/student-mnist.safetensors --num-steps 1 --num-images 50000 --formats npz --compile True --bfloat16 True
 """
 
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ from utils.pictures import save_gif, save_grid
 from utils.sampling import sample_average_velocity, sample_velocity
 from utils.seeding import generator
 
+ENDINGS = {"grid": ".png", "png": "", "npz": ".npz", "gif": ".gif"}     # of what each format writes, after "4step"
+
 
 @dataclass(frozen=True)
 class Config:
@@ -42,7 +45,7 @@ class Config:
     num_images: int = 100                       # images of each set, spread evenly over the classes
     seed: int = 0                               # of the noise; the same for every number of steps
     formats: tuple[Literal["grid", "png", "npz", "gif"], ...] = ("grid",)   # grid.png, single PNGs, uint8 arrays, trajectory GIF
-    out: str = "samples"                        # folder to write to
+    out: str | None = None                      # folder to write to; None: samples, or the first of samples-2, ... that has room
     batch_size: int | None = None               # images at a time; None: 500 on a GPU, 50 on a CPU
     bfloat16: bool = False                      # compute in bfloat16 (on CUDA only): twice as fast, with a light grain in one step
     compile: bool = False                       # torch.compile the network (on CUDA only): 15 to 21 s, pays from 200,000 evaluations on
@@ -56,6 +59,20 @@ class Config:
         require(self, "guidance_scale", self.guidance_scale is None or math.isfinite(self.guidance_scale), "a number")
         check_interval(self, "guidance_interval")
         require(self, "formats", len(self.formats) > 0, "one or more of grid, png, npz, gif")
+
+
+def in_the_way(folder: Path, counts: Sequence[int], formats: Sequence[str]) -> Path | None:
+    """What is in a folder already of what would be written there; single PNGs are a folder, which may be there if it is empty."""
+    for path in (folder / f"{n}step{ENDINGS[name]}" for n in counts for name in formats):
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            return path
+    return None
+
+
+def free_folder(folder: Path, counts: Sequence[int], formats: Sequence[str]) -> Path:
+    """The folder itself, or the first of folder-2, folder-3, ... where nothing would be overwritten."""
+    numbered = (folder.with_name(f"{folder.name}-{i}") if i > 1 else folder for i in itertools.count(1))
+    return next(candidate for candidate in numbered if in_the_way(candidate, counts, formats) is None)
 
 
 def chosen_classes(asked: Sequence[str], classes: list[str]) -> list[int]:
@@ -94,13 +111,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     decode = load_autoencoder(metadata.get("autoencoder"), cfg.autoencoder, ranks.device).decode
     v = guided_velocity(network.velocity, network.null_class, 1.0 if student or cfg.guidance_scale is None else cfg.guidance_scale,
                         cfg.guidance_interval)
-    out, counts = Path(cfg.out), cfg.num_steps or ((1, 2, 4) if student else (25,))
-    for folder in (out / f"{n}step" for n in counts if "png" in cfg.formats):
-        if folder.is_dir() and any(folder.iterdir()):
-            raise ValueError(f"{folder} holds images already, which these would mix with; choose another --out")
-    for file in (out / f"{n}step.npz" for n in counts if "npz" in cfg.formats):
-        if file.exists():
-            raise ValueError(f"{file} is there already, and is not overwritten; choose another --out")
+    counts = cfg.num_steps or ((1, 2, 4) if student else (25,))
+    out = Path(cfg.out) if cfg.out else free_folder(Path("samples"), counts, cfg.formats)
+    if (file := in_the_way(out, counts, cfg.formats)) is not None:
+        raise ValueError(f"{file} is there already, and is not overwritten; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     batch_size = cfg.batch_size or ranks.batch_size
     if cfg.compile and ranks.device.type == "cuda":

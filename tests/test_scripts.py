@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -180,11 +181,9 @@ def test_sample(results, tmp_path, capsys):
     assert np.array_equal(single, arrays[1]["arr_0"][3, :, :, 0])
     assert Image.open(tmp_path / "s/4step.gif").n_frames == 5 and (tmp_path / "s/2step.png").exists()
 
-    with pytest.raises(ValueError, match="2step holds images already, which these would mix with"):
-        sample.main([run, "--num-images", "4", "--num-steps", "2", "--formats", "png", "--out", str(tmp_path / "s"), "--device", "cpu"])
-
-    with pytest.raises(ValueError, match="2step.npz is there already, and is not overwritten"):
-        sample.main([run, "--num-images", "4", "--num-steps", "2", "--formats", "npz", "--out", str(tmp_path / "s"), "--device", "cpu"])
+    for name, ending in {"grid": ".png", "png": "", "npz": ".npz", "gif": ".gif"}.items():
+        with pytest.raises(ValueError, match=rf"s/2step{ending} is there already, and is not overwritten"):
+            sample.main([run, "--num-images", "4", "--num-steps", "2", "--formats", name, "--out", str(tmp_path / "s"), "--device", "cpu"])
 
     sample.main([run, "--num-images", "20", "--formats", "grid", "npz", "--out", str(tmp_path / "t"), "--num-steps", "1",
                  "--batch-size", "7", "--device", "cpu"])
@@ -202,6 +201,15 @@ def test_sample(results, tmp_path, capsys):
     one, strong, late = (np.load(tmp_path / scale / "2step.npz") for scale in ("1", "100", "late"))
     assert not np.array_equal(late["arr_0"], strong["arr_0"])
     assert one["labels"].tolist() == [7, 7, 3, 3] and not np.array_equal(one["arr_0"], strong["arr_0"])
+
+
+
+def test_samples_of_before_stay(results, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for few in (("1",), ("2",), ("2", "4"), ("4",)):
+        sample.main([str(results / "student-digits"), "--num-images", "10", "--num-steps", *few, "--device", "cpu"])
+    written = {str(file) for file in Path().rglob("*.png")}
+    assert written == {"samples/1step.png", "samples/2step.png", "samples-2/2step.png", "samples-2/4step.png", "samples/4step.png"}
 
 
 @pytest.mark.parametrize("formats", [["grid", "npz"], ["grid", "gif", "npz"]])
