@@ -8,6 +8,7 @@ The same command goes on: a run that is finished is left alone, one that was sto
 has the commands, the time from their start to their end, the largest rise of a gradient norm, and what evaluate.py measured.
 """
 
+import importlib
 import json
 import shlex
 import time
@@ -17,8 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ablations.run import script_line, spike
+import evaluate
+from benchmarks.ablations.patches import PATCHES
+from benchmarks.ablations.run import script, script_line, spike
 from benchmarks.gpus import finish, on_each, start
+from utils import recipes
 from utils.config import parse_config, require
 from utils.pictures import read_lines
 from utils.run_log import write_text
@@ -42,6 +46,8 @@ class Config:
     def __post_init__(self) -> None:
         require(self, "seeds", len(self.seeds) > 0, "one or more")
         require(self, "name", self.name != "" and not set(self.name) & set("/\\"), "a part of a folder's name, without slashes")
+        for field in ("teacher_patch", "student_patch"):
+            require(self, field, getattr(self, field) in (None, *PATCHES), f"among {', '.join(PATCHES)}")
         require(self, "teacher", self.teacher is None or not (self.teacher_flags or self.teacher_patch),
                 "left out, or the teacher's flags and patch are")
 
@@ -56,6 +62,27 @@ def run_command(stage: str, seed: int, cfg: Config) -> tuple[Path, list[str]]:
     folder = Path(cfg.results_dir, f"{cfg.name}-{stage}-seed{seed}")
     teacher = None if stage == "teacher" else cfg.teacher or str(run_command("teacher", seed, cfg)[0])
     return folder, [*script_line(stage, seed, folder.name, patch, teacher, cfg), *shlex.split(flags)]
+
+
+def evaluate_command(seed: int, cfg: Config) -> tuple[Path, list[str]]:
+    """Likewise, of evaluate.py: the folder that it writes to."""
+    student = run_command("student", seed, cfg)[0]
+    out = student.with_name(f"{student.name}-evaluation")
+    return out, ["evaluate.py", str(student), "--data-root", cfg.data_root, "--out", str(out), "--cache",
+                 str(Path(cfg.results_dir, "features")), *shlex.split(cfg.evaluate_flags)]
+
+
+def check_flags(cfg: Config) -> None:
+    """Parse what all stages will be given, so that bad flags are told now and not after a training.
+
+    Raises:
+        SystemExit: bad flags.
+    """
+    for stage in stages(cfg):
+        program, line = script(stage, cfg.data), run_command(stage, cfg.seeds[0], cfg)[1]
+        parse_config(importlib.import_module(program).Config, line[line.index(f"{program}.py") + 1 :], None,
+                     getattr(recipes, stage.upper()))
+    parse_config(evaluate.Config, evaluate_command(cfg.seeds[0], cfg)[1][1:], None)
 
 
 def train(stage: str, seed: int, cfg: Config, gpu: str | None) -> dict[str, Any]:
@@ -82,10 +109,8 @@ def one_seed(seed: int, cfg: Config, gpu: str | None) -> dict[str, Any]:
     row: dict[str, Any] = {"name": cfg.name, "seed": seed}
     for stage in stages(cfg):
         row[stage] = train(stage, seed, cfg, gpu)
-    student = run_command("student", seed, cfg)[0]
-    out = student.with_name(f"{student.name}-evaluation")
-    start(["evaluate.py", str(student), "--data-root", cfg.data_root, "--out", str(out), "--cache", str(Path(cfg.results_dir, "features")),
-           *shlex.split(cfg.evaluate_flags)], gpu)
+    out, line = evaluate_command(seed, cfg)
+    start(line, gpu)
     row["evaluation"] = {key: value for key, value in json.loads((out / "metrics.json").read_text()).items() if key != "config"}
     print((out / "table.md").read_text(), flush=True)
     return row
@@ -93,6 +118,7 @@ def one_seed(seed: int, cfg: Config, gpu: str | None) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse_config(Config, argv, __doc__)
+    check_flags(cfg)
     Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
     done = {row["seed"]: row for row in read_lines(Path(cfg.out)) if row["name"] == cfg.name}
     for seed in set(cfg.seeds) & done.keys():

@@ -84,3 +84,16 @@ def test_patches_and_a_given_teacher():
         half_hour.Config(teacher="mine.safetensors", teacher_flags="--steps 3")
     with pytest.raises(ValueError, match="without slashes"):
         half_hour.Config(name="a/b")
+    with pytest.raises(ValueError, match="--student-patch nearest: must be among silu, gelu"):
+        half_hour.Config(student_patch="nearest")
+
+
+@pytest.mark.parametrize("bad, message", [
+    ("--student-flags=--lam-law linear", "unknown law 'linear'"), ("--evaluate-flags=--num-steps 0", "num-steps 0"),
+    ("--teacher-flags=--stepps 5", "stepps"),
+])
+def test_bad_flags_of_a_late_stage_are_told_before_the_first(flags, bad, message, monkeypatch, capsys):
+    monkeypatch.setattr(half_hour, "on_each", lambda jobs, keep: pytest.fail("training began"))
+    with pytest.raises(SystemExit) as exit:
+        half_hour.main([*flags, bad])
+    assert message in str(exit.value.code) + capsys.readouterr().err
