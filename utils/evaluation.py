@@ -1,6 +1,6 @@
 """What evaluate.py and a training run measure: sets of samples beside the training split, and real held-out images as the floor."""
 
-import os
+import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -137,7 +137,7 @@ def reference_features(judge: Judge, pixels: Tensor, folder: Path) -> Features:
         return Features(**torch.load(file, weights_only=True))
     features = judge(pixels)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.writing")
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.writing")
     torch.save(features._asdict(), temporary)
     temporary.replace(file)
     return features
