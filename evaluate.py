@@ -12,7 +12,6 @@ student, residual.png into --out.
 """
 
 import hashlib
-import itertools
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +28,7 @@ from models import Classifier, DiT, SiT, build_network
 from utils import distributed, metrics, report
 from utils.autoencoder import load_autoencoder
 from utils.checkpoints import load_network, resolve_weights, weights_id
-from utils.config import check_interval, parse_config, require, to_dict
+from utils.config import check_interval, first_free, parse_config, require, to_dict
 from utils.data import check_guidance, load_held_out, load_images, to_range
 from utils.distributed import Ranks
 from utils.evaluation import (
@@ -187,11 +186,11 @@ def arithmetic(bfloat16: bool) -> str:
 
 def free_folder(folder: Path, config: dict[str, Any]) -> Path:
     """The folder itself, or the first of folder-2, folder-3, ... that holds no evaluation by other flags."""
-    for i in itertools.count(1):
-        numbered = folder if i == 1 else folder.with_name(f"{folder.name}-{i}")
+    def is_free(numbered: Path) -> bool:
         file = numbered / "metrics.json"
-        if not file.is_file() or json.loads(file.read_text()).get("config") == config:
-            return numbered
+        return not file.is_file() or json.loads(file.read_text()).get("config") == config
+
+    return first_free(folder, is_free)
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@
     python sample.py checkpoints/student-mnist.safetensors --num-steps 1 --num-images 50000 --formats npz --compile True --bfloat16 True
 """
 
-import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from models import build_network
 from utils import distributed
 from utils.autoencoder import load_autoencoder
 from utils.checkpoints import load_network
-from utils.config import check_interval, parse_config, require
+from utils.config import check_interval, first_free, parse_config, require
 from utils.data import to_pixels, to_range
 from utils.guidance import guided_velocity
 from utils.pictures import save_gif, save_grid
@@ -69,12 +68,6 @@ def in_the_way(folder: Path, counts: Sequence[int], formats: Sequence[str]) -> P
     return None
 
 
-def free_folder(folder: Path, counts: Sequence[int], formats: Sequence[str]) -> Path:
-    """The folder itself, or the first of folder-2, folder-3, ... where nothing would be overwritten."""
-    numbered = (folder.with_name(f"{folder.name}-{i}") if i > 1 else folder for i in itertools.count(1))
-    return next(candidate for candidate in numbered if in_the_way(candidate, counts, formats) is None)
-
-
 def chosen_classes(asked: Sequence[str], classes: list[str]) -> list[int]:
     """Class indices from names or numbers; without classes, the null class.
 
@@ -112,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     v = guided_velocity(network.velocity, network.null_class, 1.0 if student or cfg.guidance_scale is None else cfg.guidance_scale,
                         cfg.guidance_interval)
     counts = cfg.num_steps or ((1, 2, 4) if student else (25,))
-    out = Path(cfg.out) if cfg.out else free_folder(Path("samples"), counts, cfg.formats)
+    out = Path(cfg.out) if cfg.out else first_free(Path("samples"), lambda folder: in_the_way(folder, counts, cfg.formats) is None)
     if (file := in_the_way(out, counts, cfg.formats)) is not None:
         raise ValueError(f"{file} is there already, and is not overwritten; choose another --out")
     out.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,6 @@ The same command goes on: a run that is finished is left alone, one that was sto
 has the commands, the time from their start to their end, the largest rise of a gradient norm, and what evaluate.py measured.
 """
 
-import importlib
 import json
 import shlex
 import time
@@ -20,9 +19,8 @@ from typing import Any
 
 import evaluate
 from benchmarks.ablations.patches import PATCHES
-from benchmarks.ablations.run import script, script_line, spike
+from benchmarks.ablations.run import parse_flags, script, script_line, spike
 from benchmarks.gpus import finish, on_each, start
-from utils import recipes
 from utils.config import parse_config, require
 from utils.pictures import read_lines
 from utils.run_log import write_text
@@ -79,9 +77,8 @@ def check_flags(cfg: Config) -> None:
         SystemExit: bad flags.
     """
     for stage in stages(cfg):
-        program, line = script(stage, cfg.data), run_command(stage, cfg.seeds[0], cfg)[1]
-        parse_config(importlib.import_module(program).Config, line[line.index(f"{program}.py") + 1 :], None,
-                     getattr(recipes, stage.upper()))
+        line = run_command(stage, cfg.seeds[0], cfg)[1]
+        parse_flags(stage, cfg.data, line[line.index(f"{script(stage, cfg.data)}.py") + 1 :])
     parse_config(evaluate.Config, evaluate_command(cfg.seeds[0], cfg)[1][1:], None)
 
 

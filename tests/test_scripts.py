@@ -203,7 +203,6 @@ def test_sample(results, tmp_path, capsys):
     assert one["labels"].tolist() == [7, 7, 3, 3] and not np.array_equal(one["arr_0"], strong["arr_0"])
 
 
-
 def test_samples_of_before_stay(results, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for few in (("1",), ("2",), ("2", "4"), ("4",)):

@@ -6,9 +6,10 @@ recipe. `utils/recipes.py` says what differs for another data set, so `--data di
 
 import argparse
 import dataclasses
+import itertools
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -116,6 +117,12 @@ def parse_config(config_class: type[ConfigT], argv: Sequence[str] | None, descri
                         config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands))
     except ValueError as error:
         sys.exit(f"error: {error}")
+
+
+def first_free(folder: Path, is_free: Callable[[Path], bool]) -> Path:
+    """Where to write if no --out says it: the folder itself, or the first of folder-2, folder-3, ... that `is_free`."""
+    numbered = (folder.with_name(f"{folder.name}-{i}") for i in itertools.count(2))
+    return next(filter(is_free, itertools.chain([folder], numbered)))
 
 
 def to_dict(config: Any) -> dict[str, Any]:

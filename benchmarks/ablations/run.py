@@ -70,12 +70,19 @@ def script(stage: str, data: str) -> str:
     return f"train_{stage}{'_mnist' if data in ('mnist', 'digits') else ''}"
 
 
+def parse_flags(stage: str, data: str, flags: Sequence[str]) -> Any:
+    """The Config that a stage's script makes of its flags.
+
+    Raises:
+        SystemExit: bad flags.
+    """
+    return parse_config(importlib.import_module(script(stage, data)).Config, flags, None, getattr(recipes, stage.upper()))
+
+
 def is_default(variant: Variant, cfg: Config) -> bool:
     """Whether its flags say what the runs' own flags and the recipe of the data set say anyway."""
-    config_class = importlib.import_module(script(variant.stage, cfg.data)).Config
     common = ["--data", cfg.data, *shlex.split(cfg.flags)]
-    plain, changed = (parse_config(config_class, [*common, *flags], None, getattr(recipes, variant.stage.upper()))
-                      for flags in ([], variant.flags))
+    plain, changed = (parse_flags(variant.stage, cfg.data, [*common, *flags]) for flags in ([], variant.flags))
     return variant.flags != [] and variant.patch is None and plain == changed
 
 
