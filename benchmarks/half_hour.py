@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import evaluate
-from benchmarks.ablations.patches import PATCHES
+from benchmarks.ablations.patches import PATCHES, check
 from benchmarks.ablations.run import parse_flags, script, script_line, spike
 from benchmarks.gpus import finish, on_each, start
 from utils.config import parse_config, require
@@ -75,10 +75,14 @@ def check_flags(cfg: Config) -> None:
 
     Raises:
         SystemExit: bad flags.
+        ValueError: flags that a stage's patch cannot go with, or needs.
     """
     for stage in stages(cfg):
         line = run_command(stage, cfg.seeds[0], cfg)[1]
-        parse_flags(stage, cfg.data, line[line.index(f"{script(stage, cfg.data)}.py") + 1 :])
+        flags = line[line.index(f"{script(stage, cfg.data)}.py") + 1 :]
+        parse_flags(stage, cfg.data, flags)
+        if patch := cfg.teacher_patch if stage == "teacher" else cfg.student_patch:
+            check(patch, flags)
     parse_config(evaluate.Config, evaluate_command(cfg.seeds[0], cfg)[1][1:], None)
 
 

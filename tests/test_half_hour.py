@@ -97,3 +97,11 @@ def test_bad_flags_of_a_late_stage_are_told_before_the_first(flags, bad, message
     with pytest.raises(SystemExit) as exit:
         half_hour.main([*flags, bad])
     assert message in str(exit.value.code) + capsys.readouterr().err
+
+
+def test_so_are_flags_that_a_stages_patch_needs_or_cannot_go_with(flags, monkeypatch):
+    monkeypatch.setattr(half_hour, "on_each", lambda jobs, keep: pytest.fail("training began"))
+    with pytest.raises(ValueError, match="whole-features-1 needs --guidance-range and --one-step-from"):
+        half_hour.main([*flags, "--student-patch", "whole-features-1"])
+    with pytest.raises(ValueError, match="soft-guidance knows students of one guidance scale only"):
+        half_hour.main([*flags, "--student-patch", "soft-guidance", f"--student-flags={TINY} --guidance-range 1 3"])

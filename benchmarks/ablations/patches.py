@@ -67,14 +67,23 @@ OF_ONE_SCALE = {"guidance-at-once", "soft-guidance", "mean-guidance", "shared-st
 NEED = {"whole-features-1": ["--guidance-range", "--one-step-from"]}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    name, script, *flags = sys.argv[1:] if argv is None else argv
+def check(name: str, flags: Sequence[str]) -> None:
+    """Whether a script under a patch can be given these flags.
+
+    Raises:
+        ValueError: unknown patch, or flags that it cannot go with, or needs.
+    """
     if name not in PATCHES:
         raise ValueError(f"unknown patch {name!r}; known are {', '.join(PATCHES)}")
     if name in OF_ONE_SCALE and "--guidance-range" in flags:
         raise ValueError(f"--guidance-range: the patch {name} knows students of one guidance scale only; leave it out")
     if missing := [flag for flag in NEED.get(name, ()) if flag not in flags]:
         raise ValueError(f"the patch {name} needs {' and '.join(missing)}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    name, script, *flags = sys.argv[1:] if argv is None else argv
+    check(name, flags)
     PATCHES[name]()
     change([*TEACHERS, *STUDENTS, run_log, evaluate], "to_dict", lambda config: {**to_dict(config), "patch": name})
     importlib.import_module(script.removesuffix(".py").replace("/", ".")).main(flags)
