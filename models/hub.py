@@ -53,6 +53,13 @@ class HubModel(PyTorchModelHubMixin):
         network.load_state_dict(weights)
         return network.eval()
 
+    def _save_pretrained(self, save_directory: Path) -> None:
+        weights = save_directory / constants.SAFETENSORS_SINGLE_FILE
+        weights.touch()                         # readable by whom the umask lets; safetensors leaves it to its owner alone
+        mode = weights.stat().st_mode
+        super()._save_pretrained(save_directory)
+        weights.chmod(mode)
+
     def generate_model_card(self, *args, **kwargs) -> "ModelCard":
         """The card of a network saved by itself; `release.py` writes one that knows the run."""
         from huggingface_hub import ModelCard

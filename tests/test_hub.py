@@ -61,6 +61,7 @@ def test_the_card_says_what_the_run_recorded(folder):
 def test_what_a_network_saves_by_itself(tmp_path):
     network = DiT("DiT-Nano/4", 8, 1, 3, interval=True)
     network.save_pretrained(tmp_path / "net")
+    assert len({file.stat().st_mode for file in (tmp_path / "net").iterdir()}) == 1     # weights as readable as config.json
     again = DiT.from_pretrained(tmp_path / "net")
     assert again.architecture == network.architecture
     assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), again.state_dict().values()))
