@@ -16,6 +16,7 @@ import train_student_mnist
 import train_teacher_mnist
 from models import DiT
 from utils.checkpoints import load_network, read_checkpoint, step_folders
+from utils.interrupt import StopRequest
 from utils.meter import NonFiniteError
 from utils.optim import Optimizer
 from utils.run_log import Run
@@ -62,6 +63,16 @@ def test_signal_saves_and_leaves(results, tmp_path, monkeypatch, number):
     monkeypatch.undo()
     train_teacher_mnist.main(arguments)
     assert_same(results / "teacher-digits", tmp_path / "teacher-digits")
+
+
+@pytest.mark.parametrize(("first", "second", "acts"), [(signal.SIGTERM, signal.SIGTERM, False), (signal.SIGINT, signal.SIGTERM, False),
+                                                       (signal.SIGINT, signal.SIGINT, True), (signal.SIGTERM, signal.SIGINT, True)])
+def test_a_second_ctrl_c_acts_as_usual_but_sigterm_may_come_twice(first, second, acts):
+    with StopRequest() as usual, StopRequest() as stop:     # the outer one stands for what the signals did before
+        signal.raise_signal(first)
+        assert stop.signal_number == first
+        signal.raise_signal(second)
+        assert stop.signal_number == first and usual.signal_number == (second if acts else None)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])

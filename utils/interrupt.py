@@ -5,7 +5,8 @@ from types import FrameType
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM only sets `signal_number`; a second one acts as usual."""
+    """While entered, the first SIGINT or SIGTERM only sets `signal_number`. After it Ctrl-C acts as usual, and SIGTERM changes nothing:
+    torchrun forwards it, and makes it of a second Ctrl-C, to processes that a scheduler may have told already."""
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
@@ -19,9 +20,8 @@ class StopRequest:
             signal.signal(number, handler)
 
     def request(self, number: int, _: FrameType | None) -> None:
-        self.signal_number = number
-        for each, handler in self.previous.items():
-            signal.signal(each, handler)
+        self.signal_number = self.signal_number or number
+        signal.signal(signal.SIGINT, self.previous[signal.SIGINT])
 
     def __bool__(self) -> bool:
         return self.signal_number is not None
