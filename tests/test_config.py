@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+import sample
 import train_student
 import train_student_mnist
 import train_teacher
 import train_teacher_mnist
+from benchmarks.ablations.run import Config as AblationsConfig
 from utils import recipes
 from utils.config import FREE_FIELDS, differences, parse_config, to_dict
 
@@ -102,6 +104,9 @@ BOTH = [
     (["--image-size", "0"], "--image-size 0: must be at least 1, or None"),
     (["--name", "a/b"], "--name a/b: must be a folder's name, without slashes"),
     (["--name", ".."], "--name ..: must be a folder's name, without slashes"),
+    (["--data", ""], "--data '': must not be empty"),
+    (["--data-root", ""], "--data-root '': must not be empty"),
+    (["--start-from", ""], "--start-from '': must not be empty"),
     (["--optimizer", "sgd"], "'sgd'", "'muon', 'adamw'"),
     (["--lr", "0"], "--lr 0.0: must be above 0"),
     (["--lr", "nan"], "--lr nan: must be above 0"),
@@ -149,6 +154,17 @@ STUDENTS = [
 def test_invalid_value_is_refused_with_flag_value_and_what_is_allowed(config_class, argv, said, capsys, monkeypatch):
     text = refusal(config_class, argv, capsys, monkeypatch)
     assert [part for part in (argv[0], *said) if part not in text] == [], text
+
+
+@pytest.mark.parametrize(("argv", "said"), [
+    (["a.safetensors", "--classes", "3", ""], "--classes ''"), (["a.safetensors", "--out", ""], "--out ''"), ([""], "--checkpoint ''")])
+def test_no_program_takes_an_empty_text(argv, said):
+    with pytest.raises(SystemExit, match=f"error: {said}: must not be empty"):
+        parse_config(sample.Config, argv, None)
+
+
+def test_a_text_that_is_empty_by_default_may_be():
+    assert parse_config(AblationsConfig, ["--flags", ""], None) == AblationsConfig()
 
 
 def test_config_made_in_code_is_checked_too():

@@ -80,6 +80,14 @@ def require(config: Any, field: str, good: bool, allowed: str) -> None:
         raise ValueError(f"--{field.replace('_', '-')} {text}: must be {allowed}")
 
 
+def check_text(config: Any) -> None:
+    """Raise ValueError, with the flag, if a text is empty and its default is not: an unset variable would mean something else."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.default != "" and (value == "" or (isinstance(value, tuple) and "" in value)):
+            raise ValueError(f"--{field.name.replace('_', '-')} '': must not be empty (an unset variable of the shell?)")
+
+
 def check_law(config: Any, field: str, known: Mapping[str, int]) -> None:
     """Raise ValueError, with the flag, unless the field's text is one of the known laws; see `utils.times.parse_law`."""
     try:
@@ -103,7 +111,7 @@ def parse_config(config_class: type[ConfigT], argv: Sequence[str] | None, descri
         recipes: fields that differ from the class's defaults, by the value of --data; the key "path" stands for a path.
 
     Raises:
-        SystemExit: bad flags or --help.
+        SystemExit: bad flags, an empty text among them, or --help.
     """
     default = None
     try:
@@ -113,8 +121,10 @@ def parse_config(config_class: type[ConfigT], argv: Sequence[str] | None, descri
             data = peek.parse_known_args(argv)[0].data
             recipe = recipes.get(data, recipes["path"] if Path(data).exists() else {})
             default = config_class(**{"data": data, **recipe})
-        return tyro.cli(config_class, args=argv, default=default, description=description,
-                        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands))
+        config = tyro.cli(config_class, args=argv, default=default, description=description,
+                          config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands))
+        check_text(config)
+        return config
     except ValueError as error:
         sys.exit(f"error: {error}")
 
