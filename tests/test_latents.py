@@ -8,8 +8,9 @@ import foreign
 import numpy as np
 import pytest
 import torch
-from photos import SCALING, SHIFT, save_autoencoder
+from photos import SCALING, SHIFT, prepare, save_autoencoder
 from PIL import Image
+from runs import make_images
 
 import evaluate
 import import_teacher
@@ -37,6 +38,14 @@ def results(photo_latents):
     train_teacher.main([*run, "--steps", "3", "--model", "DiT-Nano/4", "--sample-steps", "2", "--guidance-scale", "2"])
     train_student.main([*run, "--steps", "2", "--num-steps", "1", "2"])     # finds the teacher by its data
     return photo_latents / "results"
+
+
+def test_latents_of_other_photos_have_another_fingerprint(photo_latents, tmp_path):
+    shutil.copytree(photo_latents / "autoencoder", tmp_path / "autoencoder")
+    make_images(tmp_path / "photos", ["dog", "cat"])        # of the same names, drawn in another order
+    prepare(tmp_path, tmp_path / "prepared")
+    first, again, other = (load_data(str(folder / "prepared")).fingerprint() for folder in (photo_latents, photo_latents, tmp_path))
+    assert first == again != other
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ def fingerprint(*parts: Tensor | bytes) -> str:
     """First 8 hexadecimal digits of a hash over tensors' bytes: names frozen weights, and sets of images."""
     digest = hashlib.blake2b(digest_size=4)
     for part in parts:
-        digest.update(part if isinstance(part, bytes) else part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(part if isinstance(part, bytes) else part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

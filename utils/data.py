@@ -12,6 +12,7 @@ from filelock import FileLock
 from torch import Tensor
 from torch.nn import functional as F
 
+from utils.checkpoints import fingerprint
 from utils.distributed import Ranks
 from utils.folders import load_folder
 from utils.latents import Latents, is_latents, load_latents, originals
@@ -50,6 +51,10 @@ class Images:
     @property
     def nbytes(self) -> int:
         return self.pixels.nbytes
+
+    def fingerprint(self) -> str:
+        """Of all pixels and labels, in order; a quarter of a second for CIFAR-10."""
+        return fingerprint(self.pixels, self.labels)
 
     def on(self, home: torch.device) -> Tensor:
         """All values where they are to live; to be indexed by a tensor."""

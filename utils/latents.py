@@ -83,6 +83,10 @@ class Latents:
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.shards.parts)
 
+    def fingerprint(self) -> str:
+        """Of the labels and of 4 latents of each shard: reading all of them, which stay in their files, could take minutes."""
+        return fingerprint(self.labels, *(part[:: -(-len(part) // 4)] for part in self.shards.parts))
+
     def on(self, home: torch.device) -> Tensor | Shards:
         """All values where they are to live; to be indexed by a tensor."""
         return self.shards if home.type == "cpu" else self.shards.to(home)

@@ -68,7 +68,7 @@ class Run:
         config: the script's Config; `steps`, `results_dir`, `name`, `comet` and `global_batch_size` are used here.
         stage: "teacher" or "student".
         ranks: this process among all.
-        images: what is learned from; a run goes on with as many images of the same classes as it began with.
+        images: what is learned from; a run goes on with the images and classes that it began with.
 
     Raises:
         ValueError: the folder is a finished run's, another run's, or holds something else.
@@ -79,7 +79,8 @@ class Run:
         self.name = config.name or f"{stage}-{Path(config.data).stem}"
         self.folder = Path(config.results_dir) / self.name
         self.checkpoints = self.folder / "checkpoints"
-        self.description = {"stage": stage, **to_dict(config), "images": len(images), "classes": images.classes}
+        self.learned = {"images": len(images), "classes": images.classes, "fingerprint": images.fingerprint()}
+        self.description = {"stage": stage, **to_dict(config), **self.learned}
         self.refuse_foreign_folder()
         self.bar = self.comet = None
         self.lock = FileLock(self.folder / ".lock")         # held from `start` to the end of `with run`, by rank 0
@@ -97,9 +98,11 @@ class Run:
                 return
             raise ValueError(f"{self.folder} exists and is no run folder; {other_name}")
         began = json.loads(file.read_text())
-        unsaid = {"images": self.description["images"], "classes": self.description["classes"],
-                  **{key: value for key, value in ADDED_LATER.items() if key in self.description}}
+        unsaid = {**self.learned, **{key: value for key, value in ADDED_LATER.items() if key in self.description}}
         changed = differences({**unsaid, **began}, self.description)
+        if [text.split(":")[0] for text in changed] == ["fingerprint"]:
+            raise ValueError(f"{self.folder} began with other images than are in --data {self.config.data} ({changed[0]}); {other_name}. "
+                             f"If they are the same, but for how they were read or encoded, delete \"fingerprint\" from {file}")
         if changed:
             raise ValueError(f"{self.folder} is another run ({'; '.join(changed)}); {other_name}")
         if is_finished(self.checkpoints, self.config.steps):

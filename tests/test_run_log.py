@@ -1,0 +1,39 @@
+"""What a run's folder says of the run, and with what the run goes on."""
+
+import json
+import shutil
+
+import pytest
+from runs import make_images
+
+import train_teacher
+from utils.run_log import Run
+
+
+def test_a_run_goes_on_with_the_images_it_began_with(tmp_path, monkeypatch):
+    """Renamed classes would swap labels, more images the batches, and other ones teach something else."""
+    data = make_images(tmp_path / "photos", ["ant", "bee"])
+    own = ["--data", str(data), "--steps", "2", "--global-batch-size", "4", "--comet", "off", "--device", "cpu", "--image-size", "16",
+           "--model", "DiT-Nano/4", "--sample-steps", "1", "--results-dir", str(tmp_path / "results")]
+    monkeypatch.setattr(Run, "asked_to_stop", lambda self, step, stop: step == 1)
+    train_teacher.main(own)
+    monkeypatch.undo()
+    (data / "ant").rename(data / "wasp")
+    with pytest.raises(ValueError, match=r"another run \(classes: \['bee', 'wasp'\], was \['ant', 'bee'\]; fingerprint: "):
+        train_teacher.main(own)
+    (data / "wasp").rename(data / "ant")
+    (data / "bee/0.jpg").rename(tmp_path / "0.jpg")
+    with pytest.raises(ValueError, match=r"another run \(images: 11, was 12; fingerprint: "):
+        train_teacher.main(own)
+    (tmp_path / "0.jpg").rename(data / "bee/0.jpg")
+    data.rename(tmp_path / "first")
+    make_images(data, ["bee", "ant"])                       # as many, drawn in another order
+    file = tmp_path / "results/teacher-photos/config.json"
+    with pytest.raises(ValueError, match=rf"other images .* --data {data} .*\(fingerprint: .*delete \"fingerprint\" from {file}"):
+        train_teacher.main(own)
+    shutil.rmtree(data)
+    (tmp_path / "first").rename(data)
+    began = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in began.items() if key not in ("images", "classes", "fingerprint")}))
+    train_teacher.main(own)                                 # as runs of before say none of these
+    assert json.loads(file.read_text()) == began
