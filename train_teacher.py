@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     decode = load_autoencoder(images.autoencoder, cfg.autoencoder, device).decode        # from latents to images; pixels stay
     batches = Batches(images, cfg.global_batch_size, cfg.seed, ranks, cfg.flip)
     evaluate = cfg.eval_every and QuickEvaluation(cfg.classifier, Classifier, images, ranks, cfg.results_dir)
-    run = Run(cfg, "teacher", ranks, images)
+    run = Run(cfg, "teacher", ranks, images, evaluate and evaluate.judge.name)
     torch.manual_seed(fold(cfg.seed, "weights"))            # alike on every rank
     augment_dim = AUGMENT_DIM if cfg.augment else 0
     network = DiT(cfg.model, images.shape[1], images.shape[0], len(images.classes), augment_dim=augment_dim).to(device)

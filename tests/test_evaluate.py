@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from runs import TEACHER
 
 import evaluate
 import release
@@ -18,6 +19,7 @@ from utils import distributed
 from utils.checkpoints import read_weights, write_weights
 from utils.data import load_images
 from utils.evaluation import classifier_judge
+from utils.run_log import Run
 
 
 @pytest.fixture(scope="module")
@@ -274,11 +276,30 @@ def test_training_evaluates_on_its_way_and_keeps_the_best(folder, tmp_path):
     assert all(torch.equal(judged[name], plain[name]) for name in plain)
     lines = [json.loads(line) for line in (tmp_path / "judged" / "evaluations.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 6]
-    assert list(lines[0]) == ["step", "fd_1step", "accuracy_1step", "fd_2step", "accuracy_2step"]
+    assert list(lines[0]) == ["step", "judge", "fd_1step", "accuracy_1step", "fd_2step", "accuracy_2step"]
     _, metadata = read_weights(tmp_path / "judged" / "best.safetensors")
     best = min(lines, key=lambda line: line["fd_1step"])
     assert metadata["step"] == best["step"] and metadata["best"]["fd_1step"] == best["fd_1step"]
     assert not (tmp_path / "plain" / "best.safetensors").exists()
+
+
+def test_a_run_keeps_the_judge_that_it_began_with(folder, tmp_path, monkeypatch):
+    """Numbers of two judges are not to be compared, and best.safetensors is the best by one."""
+    train_classifier.main(["--data", "digits", "--out", str(tmp_path / "second.safetensors"), "--epochs", "1", "--width", "8",
+                           "--min-accuracy", "0", "--device", "cpu"])
+    command = [*TEACHER, "--results-dir", str(tmp_path), "--guidance-scale", "1", "--eval-every", "2", "--classifier"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "asked_to_stop", lambda self, step, stop: step == 2)
+        train_teacher_mnist.main([*command, str(folder / "judge.safetensors")])
+    with pytest.raises(ValueError, match=r"evaluations.jsonl is judge-\w{8}, this command's is second-\w{8}; .*--classifier"):
+        train_teacher_mnist.main([*command, str(tmp_path / "second.safetensors")])
+    file = tmp_path / "teacher-digits/evaluations.jsonl"
+    row = json.loads(file.read_text())
+    del row["judge"]
+    file.write_text(json.dumps(row) + '\n{"step": 4, "jud')     # of before, and torn
+    train_teacher_mnist.main([*command, str(tmp_path / "second.safetensors")])
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert rows[0] == row and [row["step"] for row in rows] == [2, 4, 6] and {row["judge"][:7] for row in rows[1:]} == {"second-"}
 
 
 def test_training_without_its_judge_stops_before_it_starts(folder, tmp_path):

@@ -135,6 +135,13 @@ def first_free(folder: Path, is_free: Callable[[Path], bool]) -> Path:
     return next(filter(is_free, itertools.chain([folder], numbered)))
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write through a temporary file, so that a crash leaves the old or the new text."""
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A Config as JSON-able values."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()}

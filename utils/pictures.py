@@ -72,8 +72,8 @@ def log_scale(axis: Any) -> None:
 
 
 def read_lines(file: Path) -> list[dict]:
-    """Rows of a .jsonl file; none if it is not there."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    """Rows of a .jsonl file, without a last one that is torn; none if it is not there."""
+    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
 
 
 def save_curves(path: Path, folder: Path) -> None:

@@ -25,12 +25,12 @@ from tqdm import tqdm
 
 from utils import distributed
 from utils.checkpoints import is_finished, read_latest, read_metadata, save_checkpoint, write_weights
-from utils.config import ADDED_LATER, differences, to_dict
+from utils.config import ADDED_LATER, differences, to_dict, write_text
 from utils.data import Images
 from utils.distributed import Ranks
 from utils.interrupt import StopRequest
 from utils.latents import Latents
-from utils.pictures import save_curves, save_gif, save_grid
+from utils.pictures import read_lines, save_curves, save_gif, save_grid
 from utils.sharding import whole_weights
 
 SECONDS_BETWEEN_CURVES = 30
@@ -54,13 +54,6 @@ def environment(ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write through a temporary file, so that a crash leaves the old or the new text."""
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 class Run:
     """One run's folder and everything written to it; on ranks above 0 nothing is written and nothing printed.
 
@@ -69,13 +62,14 @@ class Run:
         stage: "teacher" or "student".
         ranks: this process among all.
         images: what is learned from; a run goes on with the images and classes that it began with.
+        judge: name of the one that `evaluation` gets its numbers from, if there are to be any.
 
     Raises:
-        ValueError: the folder is a finished run's, another run's, or holds something else.
+        ValueError: the folder is a finished run's, another run's, or holds something else, or evaluations by another judge.
     """
 
-    def __init__(self, config: Any, stage: str, ranks: Ranks, images: Images | Latents):
-        self.config, self.ranks = config, ranks
+    def __init__(self, config: Any, stage: str, ranks: Ranks, images: Images | Latents, judge: str | None = None):
+        self.config, self.ranks, self.judge = config, ranks, judge
         self.name = config.name or f"{stage}-{Path(config.data).stem}"
         self.folder = Path(config.results_dir) / self.name
         self.checkpoints = self.folder / "checkpoints"
@@ -107,6 +101,11 @@ class Run:
             raise ValueError(f"{self.folder} is another run ({'; '.join(changed)}); {other_name}")
         if is_finished(self.checkpoints, self.config.steps):
             raise ValueError(f"{self.folder} is finished at step {self.config.steps}; {other_name}")
+        evaluations = self.folder / "evaluations.jsonl"
+        others = {row["judge"] for row in read_lines(evaluations) if "judge" in row} - {self.judge}
+        if self.judge and others:
+            raise ValueError(f"--eval-every: the judge of {evaluations} is {others.pop()}, this command's is {self.judge}; name the former "
+                             "with --classifier, or leave --eval-every out, or move the file and best.safetensors away")
 
     def latest(self, names: Sequence[str], teacher_id: str = "0") -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
         """The newest good checkpoint, see `utils.checkpoints.read_latest`; every rank reads it.
@@ -146,9 +145,7 @@ class Run:
             starts = json.loads(starts_file.read_text()) if starts_file.exists() else []
             write_text(starts_file, json.dumps([*starts, {**ran_on, "after_step": step}], indent=2) + "\n")
             for file in filter(Path.exists, (self.folder / "metrics.jsonl", self.folder / "evaluations.jsonl")):
-                lines = file.read_text().splitlines()
-                complete = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-                write_text(file, "".join(line + "\n" for line in complete))
+                write_text(file, "".join(json.dumps(row) + "\n" for row in read_lines(file) if row["step"] <= step))
             self.comet = start_comet(self.config.comet, self.folder, self.name, self.note)
             if self.comet:
                 self.comet.log_parameters(self.description)
@@ -232,7 +229,7 @@ class Run:
         if not self.ranks.is_main:
             return
         with open(self.folder / "evaluations.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, **numbers}) + "\n")
+            file.write(json.dumps({"step": step, "judge": self.judge, **numbers}) + "\n")
         self.note(f"step {step}: " + ", ".join(f"{key} {value:.4g}" for key, value in numbers.items()))
         if self.comet:
             self.comet.log_metrics(numbers, step=step)
