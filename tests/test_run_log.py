@@ -37,3 +37,12 @@ def test_a_run_goes_on_with_the_images_it_began_with(tmp_path, monkeypatch):
     file.write_text(json.dumps({key: value for key, value in began.items() if key not in ("images", "classes", "fingerprint")}))
     train_teacher.main(own)                                 # as runs of before say none of these
     assert json.loads(file.read_text()) == began
+
+
+def test_a_torn_config_is_named_before_anything_is_written(tmp_path):
+    file = tmp_path / "teacher-digits/config.json"
+    file.parent.mkdir()
+    file.write_text('{"stage": "teacher", "da')
+    with pytest.raises(ValueError, match=rf"{file} is torn or no JSON .*; repair it, or move its folder away"):
+        train_teacher.main(["--data", "digits", "--device", "cpu", "--comet", "off", "--results-dir", str(tmp_path)])
+    assert list(file.parent.iterdir()) == [file]

@@ -40,6 +40,15 @@ def test_newest_teacher_of_the_same_images_and_size(tmp_path):
     assert find_teacher(None, str(tmp_path), "photos", 32) == plain         # loading it says so
 
 
+@pytest.mark.parametrize(("text", "said"), [('{"stage": "te', "is torn or no JSON"), ("", "is torn"), ("[1]", "holds no JSON object")])
+def test_a_broken_config_is_named_with_what_to_do(tmp_path, text, said):
+    teacher_run(tmp_path, "good", 1)
+    broken = teacher_run(tmp_path, "broken", 2).parents[2] / "config.json"
+    broken.write_text(text)
+    with pytest.raises(ValueError, match=rf"{broken} {said}.*; repair it, or move its folder away"):
+        find_teacher(None, str(tmp_path), "photos", 32)
+
+
 def test_a_finished_teacher_goes_before_a_newer_one_that_stopped(tmp_path):
     stopped = teacher_run(tmp_path, "stopped", 0, steps=5)
     assert find_teacher(None, str(tmp_path), "photos", 32) == stopped

@@ -7,6 +7,7 @@ recipe. `utils/recipes.py` says what differs for another data set, so `--data di
 import argparse
 import dataclasses
 import itertools
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -133,6 +134,21 @@ def first_free(folder: Path, is_free: Callable[[Path], bool]) -> Path:
     """Where to write if no --out says it: the folder itself, or the first of folder-2, folder-3, ... that `is_free`."""
     numbered = (folder.with_name(f"{folder.name}-{i}") for i in itertools.count(2))
     return next(filter(is_free, itertools.chain([folder], numbered)))
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """What the config.json of a run says.
+
+    Raises:
+        ValueError: it is torn, or no JSON object; names the file.
+    """
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is torn or no JSON ({error}); repair it, or move its folder away") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} holds no JSON object; repair it, or move its folder away")
+    return config
 
 
 def write_text(path: Path, text: str) -> None:

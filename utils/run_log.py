@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from utils import distributed
 from utils.checkpoints import is_finished, read_latest, read_metadata, save_checkpoint, write_weights
-from utils.config import ADDED_LATER, differences, to_dict, write_text
+from utils.config import ADDED_LATER, differences, read_config, to_dict, write_text
 from utils.data import Images
 from utils.distributed import Ranks
 from utils.interrupt import StopRequest
@@ -65,7 +65,7 @@ class Run:
         judge: name of the one that `evaluation` gets its numbers from, if there are to be any.
 
     Raises:
-        ValueError: the folder is a finished run's, another run's, or holds something else, or evaluations by another judge.
+        ValueError: the folder is a finished, another or a broken run's, or holds something else, or evaluations by another judge.
     """
 
     def __init__(self, config: Any, stage: str, ranks: Ranks, images: Images | Latents, judge: str | None = None):
@@ -91,7 +91,7 @@ class Run:
             if left <= {".lock", "log.txt", f".{file.name}.writing"}:  # of a start that was cut off before it had written anything
                 return
             raise ValueError(f"{self.folder} exists and is no run folder; {other_name}")
-        began = json.loads(file.read_text())
+        began = read_config(file)
         unsaid = {**self.learned, **{key: value for key, value in ADDED_LATER.items() if key in self.description}}
         changed = differences({**unsaid, **began}, self.description)
         if [text.split(":")[0] for text in changed] == ["fingerprint"]:

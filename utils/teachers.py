@@ -1,12 +1,12 @@
 """Which teacher a student learns from."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from utils.autoencoder import same_autoencoder
 from utils.checkpoints import CheckpointError, is_finished, read_metadata, resolve_weights, step_folders
+from utils.config import read_config
 from utils.data import NAMES, Images
 from utils.latents import Latents
 
@@ -23,14 +23,14 @@ def find_teacher(teacher: str | None, results_dir: str, data: str, image_size: i
 
     Raises:
         FileNotFoundError, CheckpointError: `teacher` is given and is none.
-        ValueError: it is not given, and there is none for this data.
+        ValueError: it is not given, and there is none for this data, or a run's config.json is broken.
     """
     if teacher is not None:
         return resolve_weights(teacher)
     runs, sizes = [], []
     for file in Path(results_dir).glob("*/config.json"):
-        config = json.loads(file.read_text())
-        if config.get("stage") != "teacher" or config["data"] != data or not (folders := step_folders(file.parent / "checkpoints")):
+        config = read_config(file)
+        if (config.get("stage"), config.get("data")) != ("teacher", data) or not (folders := step_folders(file.parent / "checkpoints")):
             continue
         path = folders[-1] / "ema.safetensors"
         try:
