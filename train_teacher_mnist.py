@@ -64,6 +64,9 @@ class Config(RunConfig):
         super().__post_init__()
         check_law(self, "t_law", LAWS)
         require(self, "model", self.model in PRESETS, f"one of {', '.join(PRESETS)}")
+        patch_size = PRESETS[self.model][1]
+        require(self, "image_size", self.image_size is None or self.image_size % patch_size == 0,
+                f"a multiple of {patch_size}, the patch size of --model {self.model}")
         for field in ("lr", "muon_lr", "max_grad_norm"):
             require(self, field, 0 < getattr(self, field) < math.inf, "above 0")
         for field in ("warmup_steps", "weight_decay"):

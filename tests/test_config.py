@@ -121,6 +121,7 @@ TEACHERS = [
     (["--label-dropout", "1.5"], "--label-dropout 1.5: must be in [0, 1)"),
     (["--sample-steps", "0"], "--sample-steps 0: must be at least 1"),
     (["--model", "DiT-M/2"], "DiT-M/2", "DiT-Ti/2"),
+    (["--image-size", "12", "--model", "DiT-Nano/8"], "--image-size 12: must be a multiple of 8, the patch size of --model DiT-Nano/8"),
 ]
 STUDENTS = [
     (["--boundary-share", "1"], "--boundary-share 1.0: must be such that of 512 samples at least one is boundary and one is not"),
