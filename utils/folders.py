@@ -16,6 +16,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+# Gray from 0 to 65535, by format and Pillow's mode; Pillow scales PPM and JPEG 2000 to that. Others are signed, floats or of 32 bits.
+SIXTEEN_BITS = {("PNG", "I;16"), ("PNG", "I"), ("PPM", "I"), ("JPEG2000", "I;16"), ("TIFF", "I;16"), ("TIFF", "I;16B")}
+UNSIGNED_TIFF = (16,), 1                                    # tags: not of 12 bits, and 0 is black
 SPLITS = {"train", "test", "val", "valid", "validation"}
 
 
@@ -75,7 +78,7 @@ def decode(name: str, content: bytes, size: int) -> tuple[np.ndarray, bool]:
     Transparent pixels show white.
 
     Raises:
-        ValueError: Pillow cannot read it, or its pixels are floats; names the file.
+        ValueError: Pillow cannot read it, or its range of gray values is not known; names the file.
     """
     try:
         with Image.open(io.BytesIO(content)) as file:
@@ -84,9 +87,11 @@ def decode(name: str, content: bytes, size: int) -> tuple[np.ndarray, bool]:
             image = file
     except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read image {name}: {error}") from error
-    if image.mode == "F":
-        raise ValueError(f"cannot read image {name}: its pixels are floating-point numbers, of no known range; save it with 8 or 16 bits")
-    if image.mode.startswith("I;16") or (image.mode == "I" and np.asarray(image).max() > 255):
+    if image.mode[0] in "FI":                               # gray of more than 8 bits
+        tags = (file.tag_v2.get(258), file.tag_v2.get(262)) if file.format == "TIFF" else UNSIGNED_TIFF
+        if (file.format, image.mode) not in SIXTEEN_BITS or tags != UNSIGNED_TIFF:
+            raise ValueError(f"cannot read image {name}: its pixels ({file.format}, mode {image.mode}) are not known to go from 0, black, "
+                             "to 65535; save it with 8 bits, or 16 without sign")
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))       # 16 bits to the upper 8
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
