@@ -305,6 +305,23 @@ def test_damaged_member_of_a_zip_is_named(class_folders, tmp_path):
     refused(path, r"dog/1\.png")
 
 
+@pytest.mark.parametrize(("link", "target", "named"), [
+    ("cat/loop", "..", "cat/loop"), ("loop", ".", "loop"), ("cat/up", "../..", "cat/up"), ("cat/out", "../../other", "cat/out/back"),
+])
+def test_a_link_that_leads_back_is_refused(class_folders, tmp_path, link, target, named, monkeypatch):
+    """Its images would be there many times, under wrong classes. A hidden one does no harm."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/back").symlink_to(class_folders / "cat", target_is_directory=True)
+    (class_folders / ".hidden").symlink_to(".", target_is_directory=True)
+    count = len(load_folder(class_folders, 8, 1)[0])
+    (class_folders / link).symlink_to(target, target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    for path in (class_folders, "photos", "photos/../photos"):
+        refused(path, f"--data {re.escape(str(path))}: the link {re.escape(str(path))}/{named} leads to a folder that it is in")
+    (class_folders / link).unlink()
+    assert len(load_folder(class_folders, 8, 1)[0]) == count == 4
+
+
 def test_loose_images_beside_class_folders(class_folders):
     save(class_folders / "zebra.png", photo(9))
     refused(class_folders, r"mixes class folders and loose images \(zebra\.png\)")

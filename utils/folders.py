@@ -26,17 +26,25 @@ def list_images(path: Path, flag: str = "--data") -> tuple[list[str], Callable[[
     """Names (relative, with slashes, sorted) of all image files in a folder or zip, and a function that reads one.
 
     Raises:
-        ValueError: the path is neither a folder nor a zip file.
+        ValueError: the path is neither a folder nor a zip file, or a link in it leads back up.
     """
     formats = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
 
+    def is_hidden(name: str) -> bool:
+        return name.startswith((".", "__MACOSX"))
+
     def is_image(name: str) -> bool:
-        parts = PurePosixPath(name).parts
-        return PurePosixPath(name).suffix.lower() in formats and not any(p.startswith((".", "__MACOSX")) for p in parts)
+        return PurePosixPath(name).suffix.lower() in formats and not any(map(is_hidden, PurePosixPath(name).parts))
 
     if path.is_dir():
-        files = (Path(folder, file) for folder, _, files in os.walk(path, followlinks=True) for file in files)
-        names = [file.relative_to(path).as_posix() for file in files if file.is_file()]
+        names = []
+        for folder, folders, files in os.walk(path, followlinks=True):
+            folders[:] = [name for name in folders if not is_hidden(name)]
+            for link in filter(Path.is_symlink, (Path(folder, name) for name in folders)):
+                if any(map(link.samefile, link.absolute().parents)):
+                    raise ValueError(f"{flag} {path}: the link {link} leads to a folder that it is in, whose images would be read again "
+                                     "and again; remove it (links to other folders are followed)")
+            names += [file.relative_to(path).as_posix() for file in (Path(folder, name) for name in files) if file.is_file()]
         return sorted(filter(is_image, names)), lambda name: (path / name).read_bytes()
     if zipfile.is_zipfile(path):
         archive = zipfile.ZipFile(path)                     # ZipFile locks its reads, so threads may share it
