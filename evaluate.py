@@ -78,7 +78,7 @@ class Config:
     device: str = "auto"                        # auto, cuda, cpu
     num_workers: int = 4                        # threads that decode image files
     autoencoder: str | None = None              # of a network of latents: hub id or folder; None: where it was in training
-    out: str | None = None                      # folder to write to; None: results/evaluation-<checkpoint>, and -2, ... for other flags
+    out: str | None = None                      # folder to write to; None: results/evaluation-<checkpoint>, and -2, ... beside others
     cache: str = "results/features"             # folder that keeps the training split's features
 
     def __post_init__(self) -> None:
@@ -184,11 +184,12 @@ def arithmetic(bfloat16: bool) -> str:
     return "float32" if torch.get_float32_matmul_precision() == "highest" else "float32, products in TF32"      # which GPUs alone have
 
 
-def free_folder(folder: Path, config: dict[str, Any]) -> Path:
-    """The folder itself, or the first of folder-2, folder-3, ... that holds no evaluation by other flags."""
+def free_folder(folder: Path, config: dict[str, Any], weights: str) -> Path:
+    """The folder itself, or the first of folder-2, folder-3, ... that holds no evaluation by other flags or of other weights."""
     def is_free(numbered: Path) -> bool:
         file = numbered / "metrics.json"
-        return not file.is_file() or json.loads(file.read_text()).get("config") == config
+        found = json.loads(file.read_text()) if file.is_file() else None
+        return found is None or (found.get("config"), found.get("protocol", {}).get("weights")) == (config, weights)
 
     return first_free(folder, is_free)
 
@@ -206,8 +207,9 @@ def main(argv: Sequence[str] | None = None, config: type[Config] = Config, rows_
         raise ValueError("--guidance-interval {} {}: a student has its guidance inside".format(*cfg.guidance_interval))
     if student and cfg.method != "euler":
         raise ValueError(f"--method {cfg.method}: only a teacher's flow is solved; a student jumps")
-    if cfg.out and free_folder(Path(cfg.out), to_dict(cfg)) != Path(cfg.out):
-        raise ValueError(f"--out {cfg.out} holds an evaluation by other flags, which is not overwritten; choose another one")
+    weights = f"EMA {weights_id(network)}"
+    if cfg.out and free_folder(Path(cfg.out), to_dict(cfg), weights) != Path(cfg.out):
+        raise ValueError(f"--out {cfg.out} holds an evaluation by other flags or of other weights, which stays; choose another one")
     if not student and cfg.teacher is not None:
         raise ValueError(f"--teacher {cfg.teacher}: only a student has one, and {cfg.checkpoint} is a teacher")
     architecture = network.architecture
@@ -247,7 +249,7 @@ def main(argv: Sequence[str] | None = None, config: type[Config] = Config, rows_
     protocol = {"checkpoint": cfg.checkpoint, **({} if program == "evaluation" else {"samples": program}),
                 "data": images.name, "features": judge.name, "num_images": cfg.num_images,
                 "reference": f"{len(real)} training images", "floor": f"{num_floor} held-out images", "seeds": cfg.seeds,
-                "weights": f"EMA {weights_id(network)}", "arithmetic": arithmetic(in_bfloat16), "images": "8 bits"}
+                "weights": weights, "arithmetic": arithmetic(in_bfloat16), "images": "8 bits"}
     print("  ".join(f"{key}: {value}" for key, value in protocol.items()), flush=True)
     if num_floor < cfg.num_images:
         print(f"note: the floor has fewer images than the rows ({num_floor} < {cfg.num_images}), which alone makes its distances larger")
@@ -257,7 +259,7 @@ def main(argv: Sequence[str] | None = None, config: type[Config] = Config, rows_
         network.compile_blocks()
     y = even_labels(cfg.num_images, images)
     held_nearest, _ = metrics.nearest(floor_features.features[:2000], reference.features)
-    out = Path(cfg.out) if cfg.out else free_folder(Path(f"results/{program}-{label(Path(cfg.checkpoint))}"), to_dict(cfg))
+    out = Path(cfg.out) if cfg.out else free_folder(Path(f"results/{program}-{label(Path(cfg.checkpoint))}"), to_dict(cfg), weights)
     out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     if teacher:

@@ -103,7 +103,7 @@ def test_a_judge_that_may_know_the_held_out_images(folder, capsys):
 def test_an_evaluation_by_other_flags_is_not_overwritten(folder):
     run(folder, "student-digits.safetensors", "--num-steps", "1")
     before = (folder / "out/metrics.json").read_bytes()
-    with pytest.raises(ValueError, match="--out .*out holds an evaluation by other flags, which is not overwritten"):
+    with pytest.raises(ValueError, match="--out .*out holds an evaluation by other flags or of other weights, which stays"):
         evaluate.main([str(folder / "student-digits.safetensors"), "--out", str(folder / "out"), "--device", "cpu"])
     assert (folder / "out/metrics.json").read_bytes() == before
 
@@ -223,14 +223,28 @@ def test_judge_of_other_images_is_refused(folder):
         classifier_judge(str(folder / "judge.safetensors"), Classifier, replace(images, classes=["a", "b"]), distributed.start("cpu"))
 
 
-def test_an_evaluation_by_other_flags_has_its_own_folder(tmp_path):
-    first = free_folder(tmp_path / "evaluation", {"seeds": 1})
-    for seeds, name in ((1, "evaluation"), (2, "evaluation-2"), (3, "evaluation-3"), (2, "evaluation-2"), (1, "evaluation")):
-        found = free_folder(tmp_path / "evaluation", {"seeds": seeds})
+def test_an_evaluation_by_other_flags_or_of_other_weights_has_its_own_folder(tmp_path):
+    for seeds, weights, name in ((1, "a", "run"), (2, "a", "run-2"), (2, "b", "run-3"), (2, "a", "run-2"), (1, "a", "run")):
+        found = free_folder(tmp_path / "run", {"seeds": seeds}, weights)
         assert found == tmp_path / name
         found.mkdir(exist_ok=True)
-        (found / "metrics.json").write_text(json.dumps({"config": {"seeds": seeds}}))
-    assert first == tmp_path / "evaluation"
+        (found / "metrics.json").write_text(json.dumps({"config": {"seeds": seeds}, "protocol": {"weights": weights}}))
+
+
+def test_a_run_that_was_trained_on_is_evaluated_beside_its_earlier_evaluation(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    weights, metadata = read_weights(folder / "student-digits.safetensors")
+    flags = ["--num-steps", "1", "--num-images", "300", "--seeds", "1", "--classifier", str(folder / "judge.safetensors"),
+             "--cache", str(folder / "cache"), "--device", "cpu"]
+    write_weights(tmp_path / "s.safetensors", weights, metadata)
+    for out in ([], ["--out", "mine"]):
+        evaluate.main(["s.safetensors", *flags, *out])
+    write_weights(tmp_path / "s.safetensors", {name: tensor * 2 for name, tensor in weights.items()}, metadata)
+    with pytest.raises(ValueError, match="--out mine holds an evaluation by other flags or of other weights"):
+        evaluate.main(["s.safetensors", *flags, "--out", "mine"])
+    for _ in range(2):
+        evaluate.main(["s.safetensors", *flags])
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["evaluation-s", "evaluation-s-2"]
 
 
 def test_judge_is_never_overwritten(folder):
