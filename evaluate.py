@@ -13,6 +13,7 @@ student, residual.png into --out.
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -82,13 +83,14 @@ class Config:
     cache: str = "results/features"             # folder that keeps the training split's features
 
     def __post_init__(self) -> None:
-        for field in ("num_images", "seeds"):
+        for field in ("num_images", "seeds", "num_workers"):
             require(self, field, getattr(self, field) >= 1, "at least 1")
         require(self, "batch_size", self.batch_size is None or self.batch_size >= 1, "at least 1, or None")
         require(self, "num_steps", all(n >= 1 for n in self.num_steps), "counts of at least 1")
         require(self, "classifier", self.classifier is None or self.features == "classifier", "left out with --features inception")
         require(self, "inception_weights", self.inception_weights is None or self.features == "inception",
                 "left out without --features inception")
+        require(self, "guidance_scale", all(map(math.isfinite, self.guidance_scale)), "a number")
         check_interval(self, "guidance_interval")
 
 
