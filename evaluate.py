@@ -92,6 +92,8 @@ class Config:
                 "left out without --features inception")
         require(self, "guidance_scale", all(map(math.isfinite, self.guidance_scale)), "a number")
         check_interval(self, "guidance_interval")
+        for field in ("out", "cache"):                      # neither it nor what it lies in
+            require(self, field, not any(map(Path.is_file, Path(getattr(self, field) or "", "x").parents)), "a folder, not a file")
 
 
 def inception_judge(weights: str | None, ranks: Ranks) -> Judge:

@@ -58,6 +58,7 @@ class Config:
         require(self, "guidance_scale", self.guidance_scale is None or math.isfinite(self.guidance_scale), "a number")
         check_interval(self, "guidance_interval")
         require(self, "formats", len(self.formats) > 0, "one or more of grid, png, npz, gif")
+        require(self, "out", not any(map(Path.is_file, Path(self.out or "", "x").parents)), "a folder, not a file")
 
 
 def in_the_way(folder: Path, counts: Sequence[int], formats: Sequence[str]) -> Path | None:

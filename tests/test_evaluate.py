@@ -207,6 +207,8 @@ def test_errors(folder, flags, error, message, monkeypatch):
 @pytest.mark.parametrize(("fields", "message"), [
     (dict(num_workers=0), "--num-workers 0: must be at least 1"),
     (dict(guidance_scale=(2.0, float("nan"))), "--guidance-scale 2.0 nan: must be a number"),
+    (dict(out=__file__), f"--out {__file__}: must be a folder, not a file"),
+    (dict(cache=f"{__file__}/features"), f"--cache {__file__}/features: must be a folder, not a file"),
 ])
 def test_bad_flags(fields, message):
     with pytest.raises(ValueError, match=message):

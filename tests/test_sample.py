@@ -85,3 +85,6 @@ def test_sample_errors(results, tmp_path, arguments, message):
     assert not (tmp_path / "x").exists()
     with pytest.raises(ValueError, match="--guidance-scale nan: must be a number"):
         sample.Config("x", guidance_scale=float("nan"))
+    for file in (__file__, f"{__file__}/images"):
+        with pytest.raises(ValueError, match=f"--out {file}: must be a folder, not a file"):
+            sample.Config("x", out=file)
