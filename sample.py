@@ -102,7 +102,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     y = chosen[torch.arange(cfg.num_images) * len(chosen) // cfg.num_images]
     architecture = metadata["architecture"]
     shape = (architecture["num_channels"], architecture["image_size"], architecture["image_size"])
-    decode = load_autoencoder(metadata.get("autoencoder"), cfg.autoencoder, ranks.device).decode
+    autoencoder = load_autoencoder(metadata.get("autoencoder"), cfg.autoencoder, ranks.device)
+    if (channels := autoencoder.image_shape(shape)[0]) not in (1, 3) and set(cfg.formats) != {"npz"}:
+        raise ValueError(f"--formats {' '.join(cfg.formats)}: must be npz alone: {cfg.checkpoint} makes {channels} channels and has no "
+                         "autoencoder; if they are latents, import_teacher.py --data LATENTS tells it")
     v = guided_velocity(network.velocity, network.null_class, 1.0 if student or cfg.guidance_scale is None else cfg.guidance_scale,
                         cfg.guidance_interval)
     counts = cfg.num_steps or ((1, 2, 4) if student else (25,))
@@ -138,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if gif:
                 shown.append(states[:, torch.isin(places, few).to(ranks.device)])
                 states = states[-1]
-            pixels.append(to_pixels(decode(states)).to("cpu", non_blocking=True))       # the next batch need not wait for it
+            pixels.append(to_pixels(autoencoder.decode(states)).to("cpu", non_blocking=True))       # the next batch need not wait for it
         if ranks.device.type == "cuda":
             torch.cuda.synchronize()
         pixels, seconds = torch.cat(pixels)[: cfg.num_images], time.monotonic() - start
@@ -146,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if "grid" in cfg.formats:
             save_grid(out / f"{name}.png", to_range(pixels[few]))
         if gif:
-            save_gif(out / f"{name}.gif", decode(torch.cat(shown, dim=1)))
+            save_gif(out / f"{name}.gif", autoencoder.decode(torch.cat(shown, dim=1)))
         if "npz" in cfg.formats:
             np.savez(out / f"{name}.npz", arr_0=pixels.permute(0, 2, 3, 1).numpy(), labels=y[: cfg.num_images].numpy())
         if "png" in cfg.formats:

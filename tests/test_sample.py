@@ -9,6 +9,8 @@ from PIL import Image
 from runs import ROOT
 
 import sample
+from models import DiT
+from utils.checkpoints import write_weights
 
 
 def test_sample(results, tmp_path, capsys):
@@ -88,3 +90,17 @@ def test_sample_errors(results, tmp_path, arguments, message):
     for file in (__file__, f"{__file__}/images"):
         with pytest.raises(ValueError, match=f"--out {file}: must be a folder, not a file"):
             sample.Config("x", out=file)
+
+
+@pytest.mark.parametrize("formats", [["grid"], ["png"], ["gif"], ["npz", "grid"]])
+def test_channels_that_no_picture_has_are_told_before_drawing(tmp_path, formats):
+    """As of a teacher of latents that was imported without them; arrays hold any number."""
+    network, path = DiT("DiT-Test/4", 8, 4, 0), tmp_path / "t.safetensors"
+    command = [str(path), "--num-images", "2", "--num-steps", "1", "--out", str(tmp_path / "out"), "--device", "cpu", "--formats"]
+    write_weights(path, network.state_dict(),
+                  dict(kind="teacher", architecture=network.architecture, classes=[], config={}, step=0))
+    with pytest.raises(ValueError, match=rf"--formats {' '.join(formats)}: must be npz alone: .*t\.safetensors makes 4 channels"):
+        sample.main([*command, *formats])
+    assert not (tmp_path / "out").exists()
+    sample.main([*command, "npz"])
+    assert np.load(tmp_path / "out/1step.npz")["arr_0"].shape == (2, 8, 8, 4)
