@@ -2,7 +2,6 @@
 
 import io
 import re
-import struct
 import zipfile
 from pathlib import Path
 
@@ -114,50 +113,6 @@ def test_three_channels_if_one_image_has_colour(tmp_path):
     save(tmp_path / "b.png", flat(RED))
     pixels, _, _ = load_folder(tmp_path, 8, 2)
     assert pixels[:, :, 4, 4].tolist() == [list(GRAY), list(RED)]
-
-
-def test_sixteen_bits_keep_their_upper_eight(tmp_path):
-    gray16(np.arange(256).reshape(16, 16) << 8 | 0x7F, tmp_path / "a.png")
-    pixels, _, _ = load_folder(tmp_path, 16, 1)
-    assert torch.equal(pixels.flatten(), torch.arange(256, dtype=torch.uint8))
-
-
-def test_sixteen_bits_of_either_byte_order(tmp_path):
-    values = (np.arange(256).reshape(16, 16) << 8 | 0x7F).astype(">u2")
-    Image.frombytes("I;16B", (16, 16), values.tobytes()).save(tmp_path / "a.tif")
-    assert Image.open(tmp_path / "a.tif").mode == "I;16B"
-    assert torch.equal(load_folder(tmp_path, 16, 1)[0].flatten(), torch.arange(256, dtype=torch.uint8))
-
-
-def test_dark_images_of_sixteen_bits_have_the_scale_of_bright_ones(tmp_path):
-    for name in ("a.pgm", "a.png", "a.tif"):
-        gray16(np.arange(256).reshape(16, 16), tmp_path / name)
-    (tmp_path / "b.pgm").write_bytes(b"P5 16 16 1000\n" + np.full(256, 250, ">u2").tobytes())          # of 1000, not of 65535
-    assert Image.open(tmp_path / "a.pgm").mode == "I"
-    pixels = load_folder(tmp_path, 16, 1)[0]
-    assert [image.unique().tolist() for image in pixels] == [[0], [0], [0], [64]]
-
-
-@pytest.mark.parametrize(("values", "mode"), [
-    (np.linspace(0, 1, 256, dtype=np.float32), "F"),
-    (np.linspace(0, 130_000, 256).astype(np.int32), "I"),
-    (np.linspace(0, 250, 256).astype(np.int32), "I"),
-], ids=["floats", "32 bits", "dark"])
-def test_grays_without_a_known_range_are_refused(tmp_path, values, mode):
-    Image.fromarray(values.reshape(16, 16)).save(tmp_path / "a.tif")
-    with pytest.raises(ValueError, match=rf"cannot read image .*a\.tif: its pixels \(TIFF, mode {mode}\) are not known.*with 8 bits"):
-        load_folder(tmp_path, 16, 1)
-
-
-@pytest.mark.parametrize(("tag", "value"), [(258, 12), (262, 0), (339, 2)], ids=["12 bits", "white is 0", "signed"])
-def test_other_tiffs_of_up_to_sixteen_bits_are_refused(tmp_path, tag, value):
-    """Pillow gives their numbers as they are."""
-    tags = {256: 16, 257: 16, 258: 16, 259: 1, 262: 1, 273: 8, 277: 1, 278: 16, 279: 512, 339: 1} | {tag: value}
-    entries = b"".join(struct.pack("<HHII", key, 4 if key in (273, 279) else 3, 1, number) for key, number in tags.items())
-    directory = struct.pack("<H", len(tags)) + entries + bytes(4)
-    (tmp_path / "a.tif").write_bytes(struct.pack("<2sHI", b"II", 42, 520) + np.full(256, 3000, "<i2").tobytes() + directory)
-    with pytest.raises(ValueError, match=r"a\.tif: its pixels \(TIFF, mode I.*16 without sign"):
-        load_folder(tmp_path, 16, 1)
 
 
 def test_gray_images_may_be_read_as_colour(class_folders, tmp_path):
@@ -310,16 +265,15 @@ def test_damaged_member_of_a_zip_is_named(class_folders, tmp_path):
 ])
 def test_a_link_that_leads_back_is_refused(class_folders, tmp_path, link, target, named, monkeypatch):
     """Its images would be there many times, under wrong classes. A hidden one does no harm."""
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/back").symlink_to(class_folders / "cat", target_is_directory=True)
-    (class_folders / ".hidden").symlink_to(".", target_is_directory=True)
-    count = len(load_folder(class_folders, 8, 1)[0])
+    if link == "cat/out":
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other/back").symlink_to(class_folders / "cat", target_is_directory=True)
     (class_folders / link).symlink_to(target, target_is_directory=True)
     monkeypatch.chdir(tmp_path)
     for path in (class_folders, "photos", "photos/../photos"):
         refused(path, f"--data {re.escape(str(path))}: the link {re.escape(str(path))}/{named} leads to a folder that it is in")
-    (class_folders / link).unlink()
-    assert len(load_folder(class_folders, 8, 1)[0]) == count == 4
+    (class_folders / link).rename(class_folders / ".hidden")
+    assert len(load_folder(class_folders, 8, 1)[0]) == 4
 
 
 def test_loose_images_beside_class_folders(class_folders):
