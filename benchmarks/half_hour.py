@@ -42,7 +42,7 @@ class Config:
     out: str = "results/half-hour/rows.jsonl"   # a row for each seed, appended when it is done
 
     def __post_init__(self) -> None:
-        require(self, "seeds", len(self.seeds) > 0, "one or more")
+        require(self, "seeds", 0 < len(self.seeds) == len(set(self.seeds)), "one or more, each once")
         require(self, "name", self.name != "" and not set(self.name) & set("/\\"), "a part of a folder's name, without slashes")
         for field in ("teacher_patch", "student_patch"):
             require(self, field, getattr(self, field) in (None, *PATCHES), f"among {', '.join(PATCHES)}")

@@ -82,6 +82,8 @@ def test_patches_and_a_given_teacher():
     assert half_hour.stages(given) == ["student"] and "mine.safetensors" in half_hour.run_command("student", 3, given)[1]
     with pytest.raises(ValueError, match="--teacher mine.safetensors: must be left out"):
         half_hour.Config(teacher="mine.safetensors", teacher_flags="--steps 3")
+    with pytest.raises(ValueError, match="--seeds .*: must be one or more, each once"):
+        half_hour.Config(seeds=(0, 0))                      # a spread of none
     with pytest.raises(ValueError, match="without slashes"):
         half_hour.Config(name="a/b")
     with pytest.raises(ValueError, match="--student-patch nearest: must be among silu, gelu"):

@@ -63,7 +63,7 @@ class Config:
         require(self, "only", set(self.only) <= known, f"among {', '.join(sorted(known))}")
         require(self, "seconds", self.seconds > 0, "above 0")
         require(self, "probe_steps", self.probe_steps >= 4 and self.probe_steps % 2 == 0, "even and at least 4")
-        require(self, "seeds", len(self.seeds) > 0, "one or more")
+        require(self, "seeds", 0 < len(self.seeds) == len(set(self.seeds)), "one or more, each once")
 
 
 def script(stage: str, data: str) -> str:
