@@ -29,7 +29,7 @@ from models import Classifier, DiT, SiT, build_network
 from utils import distributed, metrics, report
 from utils.autoencoder import load_autoencoder
 from utils.checkpoints import load_network, resolve_weights, weights_id
-from utils.config import check_interval, first_free, parse_config, require, to_dict
+from utils.config import check_folder, check_interval, first_free, parse_config, require, to_dict
 from utils.data import check_guidance, load_held_out, load_images, to_range
 from utils.distributed import Ranks
 from utils.evaluation import (
@@ -92,8 +92,8 @@ class Config:
                 "left out without --features inception")
         require(self, "guidance_scale", all(map(math.isfinite, self.guidance_scale)), "a number")
         check_interval(self, "guidance_interval")
-        for field in ("out", "cache"):                      # neither it nor what it lies in
-            require(self, field, not any(map(Path.is_file, Path(getattr(self, field) or "", "x").parents)), "a folder, not a file")
+        for field in ("out", "cache"):
+            check_folder(self, field)
 
 
 def inception_judge(weights: str | None, ranks: Ranks) -> Judge:

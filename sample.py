@@ -22,7 +22,7 @@ from models import build_network
 from utils import distributed
 from utils.autoencoder import load_autoencoder
 from utils.checkpoints import load_network
-from utils.config import check_interval, first_free, parse_config, require
+from utils.config import check_folder, check_interval, first_free, parse_config, require
 from utils.data import to_pixels, to_range
 from utils.guidance import guided_velocity
 from utils.pictures import save_gif, save_grid
@@ -58,7 +58,7 @@ class Config:
         require(self, "guidance_scale", self.guidance_scale is None or math.isfinite(self.guidance_scale), "a number")
         check_interval(self, "guidance_interval")
         require(self, "formats", len(self.formats) > 0, "one or more of grid, png, npz, gif")
-        require(self, "out", not any(map(Path.is_file, Path(self.out or "", "x").parents)), "a folder, not a file")
+        check_folder(self, "out")
 
 
 def in_the_way(folder: Path, counts: Sequence[int], formats: Sequence[str]) -> Path | None:

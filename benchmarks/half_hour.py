@@ -21,9 +21,8 @@ import evaluate
 from benchmarks.ablations.patches import PATCHES, check
 from benchmarks.ablations.run import parse_flags, script, script_line, spike
 from benchmarks.gpus import finish, on_each, start
-from utils.config import parse_config, require
+from utils.config import parse_config, require, write_text
 from utils.pictures import read_lines
-from utils.run_log import write_text
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import evaluate
 import sample
 import train_student
 import train_student_mnist
@@ -239,3 +240,20 @@ def test_help_shows_the_recipe_in_force(script, capsys, monkeypatch):
         parse(config_class, "--data", "digits", "--help")
     assert left.value.code == 0
     assert re.search(rf"--steps INT\W+updates in all \(default: {table['digits']['steps']}\)", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    (dict(num_workers=0), "--num-workers 0: must be at least 1"),
+    (dict(guidance_scale=(2.0, float("nan"))), "--guidance-scale 2.0 nan: must be a number"),
+    (dict(out=__file__), f"--out {__file__}: must be a folder, not a file"),
+    (dict(cache=f"{__file__}/features"), f"--cache {__file__}/features: must be a folder, not a file"),
+])
+def test_bad_flags_of_an_evaluation(fields, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate.Config("x", **fields)
+
+
+def test_flags_of_the_other_feature_space_are_refused():
+    for fields, message in ((dict(inception_weights="x"), "without"), (dict(classifier="x", features="inception"), "with")):
+        with pytest.raises(ValueError, match=f"must be left out {message} --features inception"):
+            evaluate.Config("x", **fields)

@@ -204,23 +204,6 @@ def test_errors(folder, flags, error, message, monkeypatch):
         run(folder, "student-digits.safetensors", *flags)
 
 
-@pytest.mark.parametrize(("fields", "message"), [
-    (dict(num_workers=0), "--num-workers 0: must be at least 1"),
-    (dict(guidance_scale=(2.0, float("nan"))), "--guidance-scale 2.0 nan: must be a number"),
-    (dict(out=__file__), f"--out {__file__}: must be a folder, not a file"),
-    (dict(cache=f"{__file__}/features"), f"--cache {__file__}/features: must be a folder, not a file"),
-])
-def test_bad_flags(fields, message):
-    with pytest.raises(ValueError, match=message):
-        evaluate.Config("x", **fields)
-
-
-def test_flags_of_the_other_feature_space_are_refused():
-    for fields, message in ((dict(inception_weights="x"), "without"), (dict(classifier="x", features="inception"), "with")):
-        with pytest.raises(ValueError, match=f"must be left out {message} --features inception"):
-            evaluate.Config("x", **fields)
-
-
 def test_a_judge_of_other_classes_gives_inception_scores(folder, monkeypatch):
     own = classifier_judge(str(folder / "judge.safetensors"), Classifier, load_images("digits"), distributed.start("cpu"))
     monkeypatch.setattr(evaluate, "inception_judge", lambda weights, ranks: replace(own, name="inception-x", knows_classes=False))

@@ -103,6 +103,11 @@ def check_interval(config: Any, field: str) -> None:
     require(config, field, 0 <= low <= high <= 1, "two times, 0 <= low <= high <= 1")
 
 
+def check_folder(config: Any, field: str) -> None:
+    """Raise ValueError, with the flag, if the field's path, or what it lies in, is a file."""
+    require(config, field, not any(map(Path.is_file, Path(getattr(config, field) or "", "x").parents)), "a folder, not a file")
+
+
 def parse_config(config_class: type[ConfigT], argv: Sequence[str] | None, description: str | None,
                  recipes: Mapping[str, Mapping[str, Any]] | None = None) -> ConfigT:
     """Read a Config from the command line; an unknown flag ends the program with the nearest known one.
