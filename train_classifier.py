@@ -56,9 +56,14 @@ class Config:
 
     def __post_init__(self) -> None:
         for field in ("width", "epochs", "batch_size", "lr"):
-            require(self, field, getattr(self, field) > 0, "above 0")
+            require(self, field, 0 < getattr(self, field) < math.inf, "above 0, and finite")
+        require(self, "weight_decay", 0 <= self.weight_decay < math.inf, "at least 0, and finite")
+        require(self, "num_workers", self.num_workers >= 1, "at least 1")
+        require(self, "image_size", self.image_size is None or self.image_size >= 2, "at least 2, or None")
         for field in ("label_smoothing", "min_accuracy"):
             require(self, field, 0 <= getattr(self, field) < 1, "in [0, 1)")
+        out = Path(self.out or "x")
+        require(self, "out", not out.is_dir() and not any(map(Path.is_file, out.parents)), "a file, neither a folder nor inside a file")
 
 
 def shifted(x: Tensor, by: int, draw: torch.Generator) -> Tensor:

@@ -2,12 +2,14 @@ import ast
 import dataclasses
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import evaluate
 import sample
+import train_classifier
 import train_student
 import train_student_mnist
 import train_teacher
@@ -24,6 +26,7 @@ SCRIPTS = {
     "train_student": (train_student.Config, recipes.STUDENT),
 }
 TEACHER, STUDENT = train_teacher_mnist.Config, train_student_mnist.Config
+EVALUATION, CLASSIFIER = partial(evaluate.Config, "x"), train_classifier.Config
 
 
 def parse(config_class, *argv: str):
@@ -242,15 +245,22 @@ def test_help_shows_the_recipe_in_force(script, capsys, monkeypatch):
     assert re.search(rf"--steps INT\W+updates in all \(default: {table['digits']['steps']}\)", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize(("fields", "message"), [
-    (dict(num_workers=0), "--num-workers 0: must be at least 1"),
-    (dict(guidance_scale=(2.0, float("nan"))), "--guidance-scale 2.0 nan: must be a number"),
-    (dict(out=__file__), f"--out {__file__}: must be a folder, not a file"),
-    (dict(cache=f"{__file__}/features"), f"--cache {__file__}/features: must be a folder, not a file"),
+@pytest.mark.parametrize(("config_class", "fields", "message"), [
+    (EVALUATION, dict(num_workers=0), "--num-workers 0: must be at least 1"),
+    (EVALUATION, dict(guidance_scale=(2.0, float("nan"))), "--guidance-scale 2.0 nan: must be a number"),
+    (EVALUATION, dict(out=__file__), f"--out {__file__}: must be a folder, not a file"),
+    (EVALUATION, dict(cache=f"{__file__}/features"), f"--cache {__file__}/features: must be a folder, not a file"),
+    (CLASSIFIER, dict(num_workers=0), "--num-workers 0: must be at least 1"),
+    (CLASSIFIER, dict(image_size=1), "--image-size 1: must be at least 2, or None"),
+    (CLASSIFIER, dict(epochs=float("inf")), "--epochs inf: must be above 0, and finite"),
+    (CLASSIFIER, dict(lr=float("inf")), "--lr inf: must be above 0, and finite"),
+    (CLASSIFIER, dict(weight_decay=float("nan")), "--weight-decay nan: must be at least 0, and finite"),
+    (CLASSIFIER, dict(out=str(ROOT), replace=True), f"--out {ROOT}: must be a file, neither a folder nor inside a file"),
+    (CLASSIFIER, dict(out=f"{__file__}/x"), f"--out {__file__}/x: must be a file, neither a folder nor inside a file"),
 ])
-def test_bad_flags_of_an_evaluation(fields, message):
+def test_bad_flags_of_what_measures(config_class, fields, message):
     with pytest.raises(ValueError, match=message):
-        evaluate.Config("x", **fields)
+        config_class(**fields)
 
 
 def test_flags_of_the_other_feature_space_are_refused():
