@@ -22,6 +22,8 @@ from benchmarks.ablations.patches import PATCHES, check
 from benchmarks.ablations.run import parse_flags, script, script_line, spike
 from benchmarks.gpus import finish, on_each, start
 from utils.config import parse_config, require, write_text
+from utils.evaluation import classifier_file
+from utils.latents import originals
 from utils.pictures import read_lines
 
 
@@ -74,7 +76,7 @@ def check_flags(cfg: Config) -> None:
 
     Raises:
         SystemExit: bad flags.
-        ValueError: flags that a stage's patch cannot go with, or needs.
+        ValueError: flags that a stage's patch cannot go with, or needs; no classifier for the evaluation.
     """
     for stage in stages(cfg):
         line = run_command(stage, cfg.seeds[0], cfg)[1]
@@ -82,7 +84,10 @@ def check_flags(cfg: Config) -> None:
         parse_flags(stage, cfg.data, flags)
         if patch := cfg.teacher_patch if stage == "teacher" else cfg.student_patch:
             check(patch, flags)
-    parse_config(evaluate.Config, evaluate_command(cfg.seeds[0], cfg)[1][1:], None)
+    measured = parse_config(evaluate.Config, evaluate_command(cfg.seeds[0], cfg)[1][1:], None)
+    judge = classifier_file(measured.classifier, originals(measured.data or cfg.data))
+    if measured.features == "classifier" and not judge.is_file():
+        raise ValueError(f"no classifier {judge}: make one with train_classifier.py, and name it with --classifier in --evaluate-flags")
 
 
 def train(stage: str, seed: int, cfg: Config, gpu: str | None) -> dict[str, Any]:

@@ -101,6 +101,13 @@ def test_bad_flags_of_a_late_stage_are_told_before_the_first(flags, bad, message
     assert message in str(exit.value.code) + capsys.readouterr().err
 
 
+def test_so_is_a_classifier_that_is_not_there():
+    for flags, file in (("--num-steps 1", "classifier-digits.safetensors"), ("--classifier nowhere", "nowhere")):
+        with pytest.raises(ValueError, match=f"no classifier .*{file}: make one .*, and name it with --classifier in --evaluate-flags"):
+            half_hour.check_flags(half_hour.Config(data="digits", evaluate_flags=flags))
+    half_hour.check_flags(half_hour.Config(data="digits", evaluate_flags="--features inception"))
+
+
 def test_so_are_flags_that_a_stages_patch_needs_or_cannot_go_with(flags, monkeypatch):
     monkeypatch.setattr(half_hour, "on_each", lambda jobs, keep: pytest.fail("training began"))
     with pytest.raises(ValueError, match="whole-features-1 needs --guidance-range and --one-step-from"):

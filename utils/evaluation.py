@@ -54,6 +54,11 @@ class Judge:
         return Features(*(torch.cat(column) for column in zip(*parts)))
 
 
+def classifier_file(file: str | None, data: str) -> Path:
+    """The classifier of a data set: the file that was named, or the released one, which need not be there."""
+    return Path(file) if file else RELEASED / f"classifier-{Path(data).stem}.safetensors"
+
+
 def classifier_judge(file: str | None, network_class: Callable[..., nn.Module], images: Images, ranks: Ranks) -> Judge:
     """The frozen classifier of a data set.
 
@@ -65,7 +70,7 @@ def classifier_judge(file: str | None, network_class: Callable[..., nn.Module], 
         FileNotFoundError: there is none.
         ValueError: it is of other images.
     """
-    path = Path(file) if file else RELEASED / f"classifier-{Path(images.name).stem}.safetensors"
+    path = classifier_file(file, images.name)
     if not path.is_file():
         advice = (f"make one with python train_classifier.py --data {images.name} --image-size {images.shape[-1]} and name it with "
                   "--classifier" if len(images.classes) > 1 else
