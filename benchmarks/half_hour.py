@@ -19,7 +19,7 @@ from typing import Any
 
 import evaluate
 from benchmarks.ablations.patches import PATCHES, check
-from benchmarks.ablations.run import parse_flags, script, script_line, spike
+from benchmarks.ablations.run import add_flags, parse_flags, script, script_line, spike
 from benchmarks.gpus import finish, on_each, start
 from utils.config import parse_config, require, write_text
 from utils.evaluation import classifier_file
@@ -60,15 +60,15 @@ def run_command(stage: str, seed: int, cfg: Config) -> tuple[Path, list[str]]:
     patch, flags = (cfg.teacher_patch, cfg.teacher_flags) if stage == "teacher" else (cfg.student_patch, cfg.student_flags)
     folder = Path(cfg.results_dir, f"{cfg.name}-{stage}-seed{seed}")
     teacher = None if stage == "teacher" else cfg.teacher or str(run_command("teacher", seed, cfg)[0])
-    return folder, [*script_line(stage, seed, folder.name, patch, teacher, cfg), *shlex.split(flags)]
+    return folder, add_flags(script_line(stage, seed, folder.name, patch, teacher, cfg), flags, f"--{stage}-flags")
 
 
 def evaluate_command(seed: int, cfg: Config) -> tuple[Path, list[str]]:
     """Likewise, of evaluate.py: the folder that it writes to."""
     student = run_command("student", seed, cfg)[0]
     out = student.with_name(f"{student.name}-evaluation")
-    return out, ["evaluate.py", str(student), "--data-root", cfg.data_root, "--out", str(out), "--cache",
-                 str(Path(cfg.results_dir, "features")), *shlex.split(cfg.evaluate_flags)]
+    line = ["evaluate.py", str(student), "--data-root", cfg.data_root, "--out", str(out), "--cache", str(Path(cfg.results_dir, "features"))]
+    return out, add_flags(line, cfg.evaluate_flags, "--evaluate-flags")
 
 
 def check_flags(cfg: Config) -> None:
@@ -76,7 +76,7 @@ def check_flags(cfg: Config) -> None:
 
     Raises:
         SystemExit: bad flags.
-        ValueError: flags that a stage's patch cannot go with, or needs; no classifier for the evaluation.
+        ValueError: flags that are set here, or that a stage's patch cannot go with, or needs; no classifier for the evaluation.
     """
     for stage in stages(cfg):
         line = run_command(stage, cfg.seeds[0], cfg)[1]

@@ -114,6 +114,12 @@ def test_runs_results_and_table(tmp_path, monkeypatch):
         run.Config(only=("nonsense",))
 
 
+def test_flags_that_are_set_here_are_refused_before_the_first_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpus, "start", lambda line, gpu: pytest.fail("training began"))
+    with pytest.raises(ValueError, match="--flags --lr 1e-3 --seed=7 --log_every 5: must be without --log-every and --seed, which this"):
+        run.main(["--only", "student", "--flags=--lr 1e-3 --seed=7 --log_every 5", "--out", str(tmp_path), "--results-dir", str(tmp_path)])
+
+
 def test_each_gpu_takes_a_run_and_a_failure_loses_no_other(tmp_path, monkeypatch):
     both = threading.Barrier(2, timeout=30)                 # broken, and the test failed, unless two runs are under way at once
     started = []

@@ -101,6 +101,13 @@ def test_bad_flags_of_a_late_stage_are_told_before_the_first(flags, bad, message
     assert message in str(exit.value.code) + capsys.readouterr().err
 
 
+@pytest.mark.parametrize("stage, flag", [
+    ("teacher", "--seed 7"), ("student", "--results-dir elsewhere"), ("student", "--teacher mine"), ("evaluate", "--out elsewhere")])
+def test_so_are_flags_that_are_set_here(stage, flag):
+    with pytest.raises(ValueError, match=f"--{stage}-flags --device cpu {flag}: must be without {flag.split()[0]}, which"):
+        half_hour.check_flags(half_hour.Config(**{f"{stage}_flags": f"--device cpu {flag}"}))
+
+
 def test_so_is_a_classifier_that_is_not_there():
     for flags, file in (("--num-steps 1", "classifier-digits.safetensors"), ("--classifier nowhere", "nowhere")):
         with pytest.raises(ValueError, match=f"no classifier .*{file}: make one .*, and name it with --classifier in --evaluate-flags"):

@@ -98,9 +98,22 @@ def script_line(stage: str, seed: int, name: str, patch: str | None, teacher: st
             "--name", name, "--results-dir", cfg.results_dir, "--comet", "off", *of]
 
 
+def add_flags(line: Sequence[str], flags: str, told: str) -> list[str]:
+    """The line, and the further flags that `told`, a flag of a benchmark, holds.
+
+    Raises:
+        ValueError: one is in the line already, as of a run that would then not be found where the line puts it.
+    """
+    further = shlex.split(flags)
+    if twice := {word.partition("=")[0].replace("_", "-") for word in further if word.startswith("--")} & set(line):
+        raise ValueError(f"{told} {flags}: must be without {' and '.join(sorted(twice))}, which this program sets itself")
+    return [*line, *further]
+
+
 def command(variant: Variant, seed: int, steps: int, cfg: Config, name: str, log_every: int, extra: Sequence[str]) -> list[str]:
-    return [*script_line(variant.stage, seed, name, variant.patch, cfg.teacher, cfg), "--steps", str(steps), "--log-every", str(log_every),
-            "--sample-every", str(steps), "--save-every", str(steps), *extra, *shlex.split(cfg.flags), *variant.flags]
+    line = [*script_line(variant.stage, seed, name, variant.patch, cfg.teacher, cfg), "--steps", str(steps), "--log-every", str(log_every),
+            "--sample-every", str(steps), "--save-every", str(steps), *extra]
+    return [*add_flags(line, cfg.flags, "--flags"), *variant.flags]
 
 
 def spike(norms: Sequence[float], window: int = 20) -> float:
