@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import tyro
 
 import export
+from evaluate import label
 from utils.checkpoints import read_metadata, resolve_weights
 from utils.config import parse_config
 
@@ -25,26 +26,28 @@ HERE = Path(__file__).parent
 @dataclass(frozen=True)
 class Config:
     students: Annotated[tuple[str, ...], tyro.conf.Positional] = ()     # files or run folders; empty: checkpoints/student-*.safetensors
-    out: str = str(HERE / "public/models")                              # folder to write to; what it held is replaced
+    out: str = str(HERE / "public/models")                              # folder to write to; the models it held are replaced
 
 
 def describe(student: str, folder: Path) -> dict[str, Any]:
     """Export one student into the folder; what the page needs to know of it.
 
     Raises:
-        ValueError: it is no student, or makes latents, which the page cannot decode.
+        ValueError: it is no student, has another one's name, or makes latents, which the page cannot decode.
     """
     source = resolve_weights(student)
     metadata = read_metadata(source)
     if metadata.get("autoencoder"):
         raise ValueError(f"{student} makes latents; the page shows pixels only")
-    name = source.stem if source.stem != "ema" else Path(student).resolve().name
+    name = label(Path(student).resolve()).removeprefix("student-")
     file = folder / f"{name}.onnx"
+    if file.exists():
+        raise ValueError(f"{student}: another student has the name {name} too; rename one")
     architecture = metadata["architecture"]
     told = "guidance_range" in architecture
     export.main([str(source), str(file), "--form", "step", "--half", "True", "--guidance-input", str(told)])
     more = f" + {architecture['extra_blocks']} blocks" if "extra_blocks" in architecture else ""
-    return {"name": name.removeprefix("student-"), "file": file.name, "bytes": file.stat().st_size,
+    return {"name": name, "file": file.name, "bytes": file.stat().st_size,
             "sha256": hashlib.sha256(file.read_bytes()).hexdigest()[:16], "network": architecture["preset"] + more,
             "shape": [architecture["num_channels"], *[architecture["image_size"]] * 2], "classes": metadata["classes"],
             "guidance": {"range": architecture["guidance_range"], "usual": architecture["guidance_scale"]} if told else None}
@@ -57,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not students:
         raise ValueError("there is no checkpoints/student-*.safetensors; name a student")
     out = Path(cfg.out)
+    filled = out.is_file() or (out.is_dir() and any(out.iterdir()))
+    if filled and not (out / "models.json").is_file():
+        raise ValueError(f"--out {out}: must be new, empty, or a folder that this program made")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".models-") as temporary:
         fresh = Path(temporary, "models")

@@ -156,6 +156,9 @@ def test_models_of_the_page(student, tmp_path):
     out = tmp_path / "models"
     (out).mkdir()
     (out / "old.onnx").write_text("of an earlier student")
+    with pytest.raises(ValueError, match=f"--out {out}: must be new, empty, or a folder that this program made"):
+        prepare.main([str(student[0]), "--out", str(out)])
+    (out / "models.json").write_text("[]")                  # as such a folder has
     prepare.main([str(student[0]), "--out", str(out)])
     model, = json.loads((out / "models.json").read_text())
     assert sorted(path.name for path in out.iterdir()) == ["models.json", "student.onnx"]
@@ -175,3 +178,15 @@ def test_models_of_the_page(student, tmp_path):
     with pytest.raises(ValueError, match="makes latents; the page shows pixels only"):
         prepare.main([str(tmp_path / "latents.safetensors"), "--out", str(out)])
     assert file.exists() and [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["models"]      # what was there still is
+
+
+def test_models_are_named_by_their_folder_and_each_once(student, tmp_path):
+    for folder in ("a/student-cats", "b/cats"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "model.safetensors").write_bytes(student[0].read_bytes())
+    out = tmp_path / "models"
+    prepare.main([str(tmp_path / "a/student-cats"), "--out", str(out)])
+    model, = json.loads((out / "models.json").read_text())
+    assert (model["name"], model["file"]) == ("cats", "cats.onnx")
+    with pytest.raises(ValueError, match="b/cats: another student has the name cats too; rename one"):
+        prepare.main([str(tmp_path / "a/student-cats"), str(tmp_path / "b/cats"), "--out", str(out)])
