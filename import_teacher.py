@@ -1,7 +1,7 @@
 """Make a teacher of another project's flow-matching transformer: weights in the layout of DiT's or SiT's state dict.
 
     python import_teacher.py SiT-XL-2-256.pt sit.safetensors --time-direction data-at-one --data latents/imagenet       SiT
-    python import_teacher.py repa.pt repa.safetensors --time-direction noise-at-one --ignore projectors         REPA
+    python import_teacher.py repa.pt repa.safetensors --time-direction noise-at-one --ignore projectors --data latents/imagenet       REPA
     python import_teacher.py mine.safetensors mine-teacher.safetensors --time-direction noise-at-one --time-scale 1000 --num-heads 6
 
 Then python train_student.py --teacher sit.safetensors --data ... Sizes, classes and learn_sigma are read from the weights. What
@@ -22,6 +22,7 @@ import tyro
 from models.foreign import choose_preset, read_shapes, translate, unwrap
 from utils.checkpoints import write_weights
 from utils.config import parse_config, require
+from utils.data import NAMES
 from utils.foreign import read_state
 from utils.latents import is_latents, read_description
 
@@ -72,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"{target} exists; use --replace True to overwrite it")
     if target.exists() and target.samefile(cfg.source):
         raise ValueError(f"{target} is the source itself; name another file to write")
+    require(cfg, "data", cfg.data in (None, *NAMES) or Path(cfg.data).exists(), f"{', '.join(NAMES)}, a path that is there, or left out")
     found, entry = read_state(cfg.source)
     state = unwrap(found, cfg.ignore)
     shapes = read_shapes(state)

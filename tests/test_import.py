@@ -81,11 +81,11 @@ def test_old_torch_files(tmp_path):
 def test_metadata_and_report(tmp_path, capsys):
     (tmp_path / "names.txt").write_text("cat\ndog\n")
     source = save(tmp_path, {"ema": random_state(learn_sigma=True)})
-    path = run(source, *HEADS, "--time-scale", "1000", "--class-names", str(tmp_path / "names.txt"), "--data", "photos")
+    path = run(source, *HEADS, "--time-scale", "1000", "--class-names", str(tmp_path / "names.txt"), "--data", "digits")
     weights, metadata = read_weights(path)
     assert metadata["architecture"] == dict(network="SiT", preset=PRESET, image_size=SIZE, num_channels=CHANNELS, num_classes=CLASSES,
                                             interval=False, time_direction="noise-at-one", time_scale=1000.0)
-    assert metadata["classes"] == ["cat", "dog"] and metadata["config"]["data"] == "photos"
+    assert metadata["classes"] == ["cat", "dog"] and metadata["config"]["data"] == "digits"
     assert metadata["config"]["imported_from"] == "theirs.pt" and str(tmp_path) not in str(metadata)
     assert weights["final.out.weight"].shape == (PATCH**2 * CHANNELS, WIDTH)
     assert "depth 2, width 24, patch size 2, images 3 x 8 x 8, 2 classes, learn_sigma True" in capsys.readouterr().out
@@ -141,6 +141,7 @@ def changed(**changes) -> dict:
     (random_state(), [*HEADS, "--num-classes", "10"], "--num-classes 10: must be 2, as in the weights"),
     (random_state(), [*HEADS, "--class-names", __file__], "--class-names .* has .* lines.*2 classes"),
     (random_state(), [*HEADS, "--class-names", "nowhere"], "--class-names nowhere: no such file"),
+    (random_state(), [*HEADS, "--data", "nowhere"], "--data nowhere: must be mnist, cifar10, digits, a path that is there, or left out"),
     ({"weight": 3}, HEADS, r"holds no state dict: .*\(weight is none\)"),
     ([1, 2], HEADS, "holds no state dict"),
 ])
