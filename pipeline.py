@@ -7,8 +7,9 @@
     image = pipe(class_labels=[7], num_inference_steps=1, generator=torch.manual_seed(0)).images[0]
 """
 
+import math
 from collections.abc import Sequence
-from numbers import Integral
+from numbers import Integral, Number, Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -98,9 +99,9 @@ class SplitMeanFlowPipeline:
         if class_labels is None:
             return torch.full((batch_size,), self.network.null_class)
         given = class_labels.tolist() if isinstance(class_labels, Tensor) else class_labels
-        labels = [given] if isinstance(given, Integral | str) else list(given)
+        labels = [given] if isinstance(given, Number | str) else list(given)
         known = {**{i: i for i in range(self.network.null_class)}, **{name: i for i, name in enumerate(self.classes)}}
-        unknown = [label for label in labels if label not in known]
+        unknown = [label for label in labels if not isinstance(label, Integral | str) or label not in known]
         if unknown or not labels:
             allowed = f"{', '.join(self.classes)}, or 0 to {len(self.classes) - 1}" if self.classes else "no classes: use None"
             raise ValueError(f"class_labels {unknown or labels}: this model knows {allowed}")
@@ -110,6 +111,8 @@ class SplitMeanFlowPipeline:
         """(count, C, H, W) standard Gaussian, drawn on the generator's device; a list gives each image its own."""
         architecture = self.network.architecture
         shape = (architecture["num_channels"], architecture["image_size"], architecture["image_size"])
+        if not isinstance(generator, Generator | Sequence | None):
+            raise ValueError(f"generator {generator!r}: must be a torch.Generator, one for each image, or None")
         if isinstance(generator, Sequence):
             if len(generator) != count:
                 raise ValueError(f"{len(generator)} generators for {count} images; give one, or one for each image")
@@ -133,16 +136,21 @@ class SplitMeanFlowPipeline:
             batch_size: number of images if `class_labels` is None.
 
         Raises:
-            ValueError: a class, a number of steps, a guidance scale or an output type that there is not.
+            ValueError: a class, a number of steps or images, a guidance scale, a generator or an output type that there is not.
         """
         student = self.information["kind"] == "student"
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type {output_type!r}: use pil, np or pt")
+        if num_inference_steps is None:
+            num_inference_steps = 1 if student else 25
+        for name, value in (("num_inference_steps", num_inference_steps), ("batch_size", batch_size)):
+            if not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{name} {value!r}: must be a whole number, at least 1")
+        if guidance_scale is not None and not (isinstance(guidance_scale, Real) and math.isfinite(guidance_scale)):
+            raise ValueError(f"guidance_scale {guidance_scale!r}: must be a finite number, or None")
         if not student and guidance_scale not in (None, 1) and not self.classes:
             raise ValueError(f"guidance_scale {guidance_scale}: this model has no classes to guide to; use None")
         u = self.network.at_guidance(guidance_scale) if student else None
-        if num_inference_steps is None:
-            num_inference_steps = 1 if student else 25
         y = self.labels(class_labels, batch_size).to(self.device)
         z = self.noise(len(y), generator)
         if student:

@@ -136,6 +136,11 @@ def test_saving_a_pipeline(folder, tmp_path):
     (dict(class_labels=[]), "class_labels"), (dict(num_inference_steps=0), "at least 1"), (dict(output_type="png"), "use pil, np or pt"),
     (dict(guidance_scale=2.0), "guidance scale 2.0: this student has its guidance inside"),
     (dict(class_labels=[1, 2], generator=[torch.Generator()]), "1 generators for 2 images"),
+    (dict(class_labels=7.0), r"class_labels \[7.0\]: this model knows 0, 1"), (dict(class_labels=[[7]]), r"class_labels \[\[7\]\]"),
+    (dict(num_inference_steps=2.5), "num_inference_steps 2.5: must be a whole number, at least 1"),
+    (dict(batch_size=0), "batch_size 0: must be"), (dict(batch_size=-1), "batch_size -1: must be"),
+    (dict(generator=0), "generator 0: must be a torch.Generator"), (dict(generator=[0]), "generator 0: must be a torch.Generator"),
+    (dict(guidance_scale=float("nan")), "guidance_scale nan: must be a finite number, or None"),
 ])
 def test_pipeline_refuses(folder, arguments, message):
     with pytest.raises(ValueError, match=message):
