@@ -65,9 +65,14 @@ def test_signal_saves_and_leaves(results, tmp_path, monkeypatch, number):
     assert_same(results / "teacher-digits", tmp_path / "teacher-digits")
 
 
+@pytest.mark.parametrize("by_torchrun", [False, True])
 @pytest.mark.parametrize(("first", "second", "acts"), [(signal.SIGTERM, signal.SIGTERM, False), (signal.SIGINT, signal.SIGTERM, False),
                                                        (signal.SIGINT, signal.SIGINT, True), (signal.SIGTERM, signal.SIGINT, True)])
-def test_a_second_ctrl_c_acts_as_usual_but_sigterm_may_come_twice(first, second, acts):
+def test_a_second_ctrl_c_acts_as_usual_but_sigterm_may_come_twice(first, second, acts, by_torchrun, monkeypatch):
+    """Under torchrun, which forwards them, both may."""
+    if by_torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+        acts = False
     with StopRequest() as usual, StopRequest() as stop:     # the outer one stands for what the signals did before
         signal.raise_signal(first)
         assert stop.signal_number == first

@@ -3,10 +3,12 @@
 import signal
 from types import FrameType
 
+from torch.distributed import is_torchelastic_launched
+
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM only sets `signal_number`. After it Ctrl-C acts as usual, and SIGTERM changes nothing:
-    torchrun forwards it, and makes it of a second Ctrl-C, to processes that a scheduler may have told already."""
+    """While entered, the first SIGINT or SIGTERM only sets `signal_number`. After it Ctrl-C acts as usual, and SIGTERM changes nothing;
+    under torchrun neither does: it forwards both to processes that a scheduler may have told already, and ends them after 30 s itself."""
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
@@ -21,7 +23,8 @@ class StopRequest:
 
     def request(self, number: int, _: FrameType | None) -> None:
         self.signal_number = self.signal_number or number
-        signal.signal(signal.SIGINT, self.previous[signal.SIGINT])
+        if not is_torchelastic_launched():
+            signal.signal(signal.SIGINT, self.previous[signal.SIGINT])
 
     def __bool__(self) -> bool:
         return self.signal_number is not None
