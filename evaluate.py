@@ -216,6 +216,7 @@ def main(argv: Sequence[str] | None = None, config: type[Config] = Config, rows_
         raise ValueError(f"--out {cfg.out} holds an evaluation by other flags or of other weights, which stays; choose another one")
     if not student and cfg.teacher is not None:
         raise ValueError(f"--teacher {cfg.teacher}: only a student has one, and {cfg.checkpoint} is a teacher")
+    check_guidance(cfg.guidance_scale, metadata["classes"])
     architecture = network.architecture
     own = find_own_teacher(cfg.checkpoint, cfg.teacher) if student else None
     teacher = load_own_teacher(own, architecture, metadata, ranks, given=cfg.teacher is not None) if own else None
@@ -229,7 +230,6 @@ def main(argv: Sequence[str] | None = None, config: type[Config] = Config, rows_
     if (images.shape, images.classes) != (image_shape, metadata["classes"]):
         raise ValueError(f"--data {images.name} has shape {images.shape} and classes {images.classes}; {cfg.checkpoint} was trained on "
                          f"{image_shape[0]} channels and classes {metadata['classes']}")
-    check_guidance(images, cfg.guidance_scale)
     images, held_out = load_held_out(images, cfg.held_out, cfg.data_root, cfg.num_workers)
     judge = (inception_judge(cfg.inception_weights, ranks) if cfg.features == "inception"
              else classifier_judge(cfg.classifier, Classifier, images, ranks))

@@ -135,9 +135,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if target.exists() and not cfg.replace:
         raise ValueError(f"{target} exists; a judge is frozen. Use another --out, or --replace True")
     ranks = distributed.start(cfg.device)
-    images = load_images(cfg.data, cfg.data_root, cfg.image_size, cfg.num_workers)
-    if len(images.classes) < 2:
-        raise ValueError(f"--data {cfg.data}: a classifier needs at least 2 classes, and there are {len(images.classes)}")
+
+    def check(classes: list[str]) -> None:
+        if len(classes) < 2:
+            raise ValueError(f"--data {cfg.data}: a classifier needs at least 2 classes, and there are {len(classes)}")
+
+    images = load_images(cfg.data, cfg.data_root, cfg.image_size, cfg.num_workers, check=check)
     images, held_out = load_held_out(images, cfg.held_out, cfg.data_root, cfg.num_workers)
     if len(held_out) == 0:
         raise ValueError(f"--data {cfg.data}: of {len(images)} images a tenth is none, and the accuracy is measured on that; name others "

@@ -24,7 +24,7 @@ from utils import distributed, recipes
 from utils.autoencoder import load_autoencoder
 from utils.checkpoints import load_network, start_from, step_folders, weights_id
 from utils.config import RunConfig, check_interval, check_law, parse_config, require, to_dict
-from utils.data import Batches, check_guidance, load_data
+from utils.data import Batches, load_data
 from utils.evaluation import QuickEvaluation
 from utils.flow import interpolate
 from utils.guidance import GuidedLabels, guided_as_told, guided_velocity, told
@@ -131,8 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                          f"the others, for each of {ranks.world_size} processes")
 
     # Data, teacher and student.
-    images = load_data(cfg.data, cfg.data_root, cfg.image_size, cfg.num_workers)
-    check_guidance(images, (cfg.guidance_scale, *(cfg.guidance_range or ())))
+    images = load_data(cfg.data, cfg.data_root, cfg.image_size, cfg.num_workers, (cfg.guidance_scale, *(cfg.guidance_range or ())))
     decode = load_autoencoder(images.autoencoder, cfg.autoencoder, device).decode        # from latents to images; pixels stay
     evaluate = cfg.eval_every and QuickEvaluation(cfg.classifier, Classifier, images, ranks, cfg.results_dir)
     run = Run(cfg, "student", ranks, images, evaluate and evaluate.judge.name)

@@ -24,7 +24,7 @@ from utils.augmentation import AUGMENT_DIM, augment, check_augment, draw_augment
 from utils.autoencoder import load_autoencoder
 from utils.checkpoints import start_from, step_folders
 from utils.config import RunConfig, check_law, parse_config, require, to_dict
-from utils.data import Batches, check_guidance, load_data
+from utils.data import Batches, load_data
 from utils.evaluation import QuickEvaluation
 from utils.guidance import drop_labels, guided_velocity
 from utils.interrupt import StopRequest
@@ -84,8 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = ranks.device
 
     # Data and network.
-    images = load_data(cfg.data, cfg.data_root, cfg.image_size, cfg.num_workers)
-    check_guidance(images, cfg.guidance_scale)
+    images = load_data(cfg.data, cfg.data_root, cfg.image_size, cfg.num_workers, cfg.guidance_scale)
     check_augment(images, cfg.augment)
     decode = load_autoencoder(images.autoencoder, cfg.autoencoder, device).decode        # from latents to images; pixels stay
     batches = Batches(images, cfg.global_batch_size, cfg.seed, ranks, cfg.flip)

@@ -9,7 +9,10 @@ import pytest
 import torch
 import torchvision
 
-from utils.data import Images, check_guidance, load_images, to_pixels, to_range
+import evaluate
+from models import DiT
+from utils.checkpoints import write_weights
+from utils.data import check_guidance, load_images, to_pixels, to_range
 
 # Range.
 
@@ -75,13 +78,17 @@ def test_one_download_at_a_time(monkeypatch, tmp_path):
     assert alone == [True] * 3 and all("no file yet" in str(error) for error in errors)
 
 
-def named(classes) -> Images:
-    return Images("photos", torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1).long(), classes, True)
-
-
 @pytest.mark.parametrize("classes", [[], ["cat"]])
 def test_guidance_needs_two_classes(classes):
-    with pytest.raises(ValueError, match=f"--guidance-scale 2.5: .*photos has {len(classes)}; use --guidance-scale 1"):
-        check_guidance(named(classes), (1.0, 2.5))
-    check_guidance(named(classes), (1.0,))
-    check_guidance(named(["cat", "dog"]), (1.0, 2.5))
+    with pytest.raises(ValueError, match=f"--guidance-scale 2.5: .*have {len(classes)}; use --guidance-scale 1"):
+        check_guidance((1.0, 2.5), classes)
+    check_guidance((1.0,), classes)
+    check_guidance((1.0, 2.5), ["cat", "dog"])
+
+
+def test_an_evaluation_without_classes_reads_no_image_to_refuse_guidance(tmp_path):
+    network = DiT("DiT-Nano/4", 8, 3, 0)
+    write_weights(tmp_path / "teacher.safetensors", network.state_dict(), dict(
+        kind="teacher", architecture=network.architecture, classes=[], config={"data": "nowhere"}))
+    with pytest.raises(ValueError, match="guidance needs at least 2 classes, and the data have 0"):
+        evaluate.main([str(tmp_path / "teacher.safetensors"), "--guidance-scale", "2", "--device", "cpu"])

@@ -42,6 +42,12 @@ def test_judge_needs_held_out_images(tmp_path):
     assert not (tmp_path / "a.safetensors").exists()
 
 
+def test_judge_without_classes_is_refused_before_any_image_is_decoded(tmp_path):
+    (make_images(tmp_path / "photos", [""]) / "torn.png").touch()
+    with pytest.raises(ValueError, match="a classifier needs at least 2 classes, and there are 0"):
+        train_classifier.main(["--data", str(tmp_path / "photos"), "--out", str(tmp_path / "a.safetensors")])
+
+
 @pytest.mark.parametrize("size", [8, 28, 32])
 def test_classifier_reads_every_size(size):
     network = Classifier(3, 5, 4).eval()

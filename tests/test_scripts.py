@@ -166,16 +166,16 @@ def test_own_images(tmp_path, classes, guidance):
 
 @pytest.mark.parametrize(("change", "message"), [
     (["--data", "imagenet"], "imagenet: no such data set or path.*mnist, cifar10, digits"),
-    (["--data", "{one}", "--guidance-scale", "2.5"], "--guidance-scale 2.5: guidance needs at least 2 classes.*has 1"),
+    (["--data", "{one}", "--guidance-scale", "2.5"], "--guidance-scale 2.5: guidance needs at least 2 classes.*have 1"),
     (["--data", "{empty}"], "holds no image"),
     (["--data", "{broken}"], "cannot read image .*torn.png"),
     *([(["--device", "cuda"], "no CUDA device")] if not torch.cuda.is_available() else []),
 ])
 def test_bad_teacher_input(tmp_path, change, message):
     """Every mistake is told before any work starts, and leaves no run folder behind."""
-    make_images(tmp_path / "one", ["cat"])
     (tmp_path / "empty").mkdir()
-    (make_images(tmp_path / "broken", ["cat", "dog"]) / "cat/torn.png").write_bytes(b"\x89PNG\r\n\x1a\nno image")
+    for name, classes in (("one", ["cat"]), ("broken", ["cat", "dog"])):         # the former is refused before any image is decoded
+        (make_images(tmp_path / name, classes) / "cat/torn.png").write_bytes(b"\x89PNG\r\n\x1a\nno image")
     change = [text.format(**{name: tmp_path / name for name in ("one", "empty", "broken")}) for text in change]
     with pytest.raises(ValueError, match=message):
         train_teacher.main(["--data", "digits", "--model", "DiT-Nano/4", *OWN, "--results-dir", str(tmp_path / "results"), *change])

@@ -2,8 +2,10 @@
 
 import hashlib
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -115,7 +117,7 @@ def resize(pixels: Tensor, size: int) -> Tensor:
 
 
 def load_images(data: str, data_root: str = "data", image_size: int | None = None, num_workers: int = 4,
-                num_channels: int | None = None) -> Images:
+                num_channels: int | None = None, check: Callable[[list[str]], None] = lambda classes: None) -> Images:
     """Load a data set by name or path.
 
     Args:
@@ -123,6 +125,7 @@ def load_images(data: str, data_root: str = "data", image_size: int | None = Non
         data_root: for mnist and cifar10.
         image_size: side to resize to; None keeps a named set's own size and means 32 for a path.
         num_channels: 3 gives gray images three equal channels; None leaves them one.
+        check: gets the class names before any image of a path is decoded, to raise if they are not what is needed.
 
     Raises:
         ValueError: unknown name, no images, an unreadable image, no network; latents.
@@ -135,20 +138,29 @@ def load_images(data: str, data_root: str = "data", image_size: int | None = Non
     elif data in NAMES:
         pixels, labels, classes = load_torchvision(data, data_root)
     elif Path(data).exists():
-        pixels, labels, classes = load_folder(Path(data), image_size or PATH_SIZE, num_workers)
+        pixels, labels, classes = load_folder(Path(data), image_size or PATH_SIZE, num_workers, check)
     else:
         raise ValueError(f"--data {data}: no such data set or path; use one of {', '.join(NAMES)}, or the path of a folder or zip")
+    check(classes)
     pixels = resize(pixels, image_size or pixels.shape[-1])
     if num_channels == 3 and pixels.shape[1] == 1:
         pixels = pixels.expand(-1, 3, -1, -1)
     return Images(data, pixels, labels, classes, flip=data not in ("mnist", "digits"))
 
 
-def load_data(data: str, data_root: str = "data", image_size: int | None = None, num_workers: int = 4) -> Images | Latents:
-    """What a training script learns from: images as `load_images` reads them, or the folder of prepare_latents.py."""
-    if is_latents(Path(data)):
-        return load_latents(Path(data), image_size)
-    return load_images(data, data_root, image_size, num_workers)
+def load_data(data: str, data_root: str = "data", image_size: int | None = None, num_workers: int = 4,
+              guidance_scales: tuple[float, ...] = ()) -> Images | Latents:
+    """What a training script learns from: images as `load_images` reads them, or the folder of prepare_latents.py.
+
+    Raises:
+        ValueError: as there, or as `check_guidance`.
+    """
+    check = partial(check_guidance, guidance_scales)
+    if not is_latents(Path(data)):
+        return load_images(data, data_root, image_size, num_workers, check=check)
+    latents = load_latents(Path(data), image_size)
+    check(latents.classes)
+    return latents
 
 
 def hash_order(images: Images) -> Tensor:
@@ -183,12 +195,12 @@ def load_held_out(images: Images, path: str | None, data_root: str = "data", num
     return tuple(replace(images, pixels=images.pixels[part], labels=images.labels[part]) for part in (rest, tenth))
 
 
-def check_guidance(images: Images | Latents, guidance_scales: tuple[float, ...]) -> None:
+def check_guidance(guidance_scales: tuple[float, ...], classes: list[str]) -> None:
     """Raise ValueError if guidance (a scale other than 1) is asked for where there are no classes to guide to."""
     on = [scale for scale in guidance_scales if scale != 1]
-    if on and len(images.classes) < 2:
-        raise ValueError(f"--guidance-scale {on[0]}: guidance needs at least 2 classes, and {images.name} has "
-                         f"{len(images.classes)}; use --guidance-scale 1 and no --guidance-range")
+    if on and len(classes) < 2:
+        raise ValueError(f"--guidance-scale {on[0]}: guidance needs at least 2 classes, and the data have {len(classes)}; "
+                         "use --guidance-scale 1 and no --guidance-range")
 
 
 class Batches:

@@ -172,8 +172,12 @@ def open_folder(path: Path, flag: str = "--data") -> ImageFolder:
     return ImageFolder(path, names, read, *split_classes(path, names, flag))
 
 
-def load_folder(path: Path, image_size: int, num_workers: int) -> tuple[Tensor, Tensor, list[str]]:
+def load_folder(path: Path, image_size: int, num_workers: int, check: Callable[[list[str]], None] = lambda classes: None,
+                ) -> tuple[Tensor, Tensor, list[str]]:
     """All images of a folder or zip, with one channel if every image is gray and three otherwise.
+
+    Args:
+        check: gets the class names before any image is decoded, to raise if they are not what is needed.
 
     Returns:
         pixels (N, C, image_size, image_size) uint8, labels (N,) long, class names (none for an unconditional set).
@@ -182,6 +186,7 @@ def load_folder(path: Path, image_size: int, num_workers: int) -> tuple[Tensor, 
         ValueError: no images, an unreadable one (named), or a layout that is not understood.
     """
     folder = open_folder(path)
+    check(folder.classes)
     chunks = chunked(range(len(folder.names)), 64)          # small images: a task for each would cost more than they do
     pixels, all_gray = np.empty((len(folder.names), image_size, image_size, 3), np.uint8), True
     parts = zip(chunks, folder.stream(chunks, image_size, num_workers))
