@@ -226,10 +226,15 @@ def main(argv: Sequence[str] | None = None, config: type[Config] = Config, rows_
     shape = (architecture["num_channels"], architecture["image_size"], architecture["image_size"])      # of the network's noise
     autoencoder = load_autoencoder(metadata.get("autoencoder"), cfg.autoencoder, ranks.device)
     image_shape = autoencoder.image_shape(shape)
-    images = load_images(originals(data), cfg.data_root, image_shape[-1], cfg.num_workers, image_shape[0])
-    if (images.shape, images.classes) != (image_shape, metadata["classes"]):
-        raise ValueError(f"--data {images.name} has shape {images.shape} and classes {images.classes}; {cfg.checkpoint} was trained on "
-                         f"{image_shape[0]} channels and classes {metadata['classes']}")
+    data = originals(data)
+
+    def check(classes: list[str]) -> None:
+        if classes != metadata["classes"]:
+            raise ValueError(f"--data {data} has classes {classes}; {cfg.checkpoint} was trained on {metadata['classes']}")
+
+    images = load_images(data, cfg.data_root, image_shape[-1], cfg.num_workers, image_shape[0], check)
+    if images.shape != image_shape:
+        raise ValueError(f"--data {data} has shape {images.shape}; {cfg.checkpoint} was trained on {image_shape[0]} channels")
     images, held_out = load_held_out(images, cfg.held_out, cfg.data_root, cfg.num_workers)
     judge = (inception_judge(cfg.inception_weights, ranks) if cfg.features == "inception"
              else classifier_judge(cfg.classifier, Classifier, images, ranks))

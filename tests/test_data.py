@@ -8,6 +8,7 @@ from urllib.error import URLError
 import pytest
 import torch
 import torchvision
+from runs import make_images
 
 import evaluate
 from models import DiT
@@ -86,9 +87,13 @@ def test_guidance_needs_two_classes(classes):
     check_guidance((1.0, 2.5), ["cat", "dog"])
 
 
-def test_an_evaluation_without_classes_reads_no_image_to_refuse_guidance(tmp_path):
-    network = DiT("DiT-Nano/4", 8, 3, 0)
+def test_an_evaluation_tells_of_guidance_and_classes_before_any_image_is_decoded(tmp_path):
+    network, photos = DiT("DiT-Nano/4", 8, 1, 0), make_images(tmp_path / "photos", ["cat"])
     write_weights(tmp_path / "teacher.safetensors", network.state_dict(), dict(
-        kind="teacher", architecture=network.architecture, classes=[], config={"data": "nowhere"}))
-    with pytest.raises(ValueError, match="guidance needs at least 2 classes, and the data have 0"):
-        evaluate.main([str(tmp_path / "teacher.safetensors"), "--guidance-scale", "2", "--device", "cpu"])
+        kind="teacher", architecture=network.architecture, classes=[], config={"data": str(photos)}))
+    (photos / "cat/torn.png").touch()
+    for data, flags, message in ((photos, ["--guidance-scale", "2"], "guidance needs at least 2 classes, and the data have 0"),
+                                 (photos, [], r"has classes \['cat'\]; .*teacher.safetensors was trained on \[\]"),
+                                 (make_images(tmp_path / "plain", [""]), [], r"has shape \(3, 8, 8\); .* was trained on 1 channels")):
+        with pytest.raises(ValueError, match=message):
+            evaluate.main([str(tmp_path / "teacher.safetensors"), "--data", str(data), *flags, "--device", "cpu"])
