@@ -1,5 +1,6 @@
 """Pixels and their range, named data sets, and what guidance needs of them."""
 
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from runs import make_images
 import evaluate
 from models import DiT
 from utils.checkpoints import write_weights
-from utils.data import check_guidance, load_images, to_pixels, to_range
+from utils.data import check_guidance, load_held_out, load_images, to_pixels, to_range
 
 # Range.
 
@@ -50,6 +51,12 @@ def test_digits_resized_keep_their_look():
 def test_unknown_name_lists_what_is_allowed():
     with pytest.raises(ValueError, match="--data mnits.*mnist, cifar10, digits.*folder or zip"):
         load_images("mnits")
+
+
+def test_errors_of_held_out_images_name_their_flag(tmp_path):
+    for path, message in (("nowhere", "no such data set"), (str(tmp_path), "holds no image"), (__file__, "neither a folder")):
+        with pytest.raises(ValueError, match=f"^--held-out {re.escape(path)}.*{message}"):
+            load_held_out(load_images("digits"), path)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("Error downloading train-images-idx3-ubyte.gz"), URLError("no route to host")])

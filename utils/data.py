@@ -117,7 +117,8 @@ def resize(pixels: Tensor, size: int) -> Tensor:
 
 
 def load_images(data: str, data_root: str = "data", image_size: int | None = None, num_workers: int = 4,
-                num_channels: int | None = None, check: Callable[[list[str]], None] = lambda classes: None) -> Images:
+                num_channels: int | None = None, check: Callable[[list[str]], None] = lambda classes: None,
+                flag: str = "--data") -> Images:
     """Load a data set by name or path.
 
     Args:
@@ -126,21 +127,22 @@ def load_images(data: str, data_root: str = "data", image_size: int | None = Non
         image_size: side to resize to; None keeps a named set's own size and means 32 for a path.
         num_channels: 3 gives gray images three equal channels; None leaves them one.
         check: gets the class names before any image of a path is decoded, to raise if they are not what is needed.
+        flag: what the data set was given as, for the errors.
 
     Raises:
         ValueError: unknown name, no images, an unreadable image, no network; latents.
     """
     if is_latents(Path(data)):
-        raise ValueError(f"--data {data} holds latents, and here images are needed; these are made from {originals(data)}")
+        raise ValueError(f"{flag} {data} holds latents, and here images are needed; these are made from {originals(data)}")
     if data == "digits":
         pixels, labels = load_digits()
         classes = [str(digit) for digit in range(10)]
     elif data in NAMES:
         pixels, labels, classes = load_torchvision(data, data_root)
     elif Path(data).exists():
-        pixels, labels, classes = load_folder(Path(data), image_size or PATH_SIZE, num_workers, check)
+        pixels, labels, classes = load_folder(Path(data), image_size or PATH_SIZE, num_workers, check, flag)
     else:
-        raise ValueError(f"--data {data}: no such data set or path; use one of {', '.join(NAMES)}, or the path of a folder or zip")
+        raise ValueError(f"{flag} {data}: no such data set or path; use one of {', '.join(NAMES)}, or the path of a folder or zip")
     check(classes)
     pixels = resize(pixels, image_size or pixels.shape[-1])
     if num_channels == 3 and pixels.shape[1] == 1:
@@ -182,7 +184,7 @@ def load_held_out(images: Images, path: str | None, data_root: str = "data", num
         ValueError: the held-out images have other classes.
     """
     if path is not None:
-        held_out = load_images(path, data_root, images.shape[-1], num_workers, images.shape[0])
+        held_out = load_images(path, data_root, images.shape[-1], num_workers, images.shape[0], flag="--held-out")
         if held_out.classes != images.classes or held_out.shape != images.shape:
             raise ValueError(f"--held-out {path} has classes {held_out.classes} and shape {held_out.shape}; "
                              f"--data {images.name} has {images.classes} and {images.shape}")

@@ -173,11 +173,12 @@ def open_folder(path: Path, flag: str = "--data") -> ImageFolder:
 
 
 def load_folder(path: Path, image_size: int, num_workers: int, check: Callable[[list[str]], None] = lambda classes: None,
-                ) -> tuple[Tensor, Tensor, list[str]]:
+                flag: str = "--data") -> tuple[Tensor, Tensor, list[str]]:
     """All images of a folder or zip, with one channel if every image is gray and three otherwise.
 
     Args:
         check: gets the class names before any image is decoded, to raise if they are not what is needed.
+        flag: what the path was given as, for the errors.
 
     Returns:
         pixels (N, C, image_size, image_size) uint8, labels (N,) long, class names (none for an unconditional set).
@@ -185,7 +186,7 @@ def load_folder(path: Path, image_size: int, num_workers: int, check: Callable[[
     Raises:
         ValueError: no images, an unreadable one (named), or a layout that is not understood.
     """
-    folder = open_folder(path)
+    folder = open_folder(path, flag)
     check(folder.classes)
     chunks = chunked(range(len(folder.names)), 64)          # small images: a task for each would cost more than they do
     pixels, all_gray = np.empty((len(folder.names), image_size, image_size, 3), np.uint8), True
