@@ -1,6 +1,8 @@
 """A user's own images: folders and zips, what is read from them and what is refused."""
 
+import errno
 import io
+import os
 import re
 import zipfile
 from pathlib import Path
@@ -274,6 +276,20 @@ def test_a_link_that_leads_back_is_refused(class_folders, tmp_path, link, target
         refused(path, f"--data {re.escape(str(path))}: the link {re.escape(str(path))}/{named} leads to a folder that it is in")
     (class_folders / link).rename(class_folders / ".hidden")
     assert len(load_folder(class_folders, 8, 1)[0]) == 4
+
+
+def test_a_folder_that_cannot_be_listed_is_no_empty_one(class_folders, monkeypatch):
+    """But for lost+found, which belongs to root, on a disk of one's own."""
+    def scandir(folder, scan=os.scandir):
+        if Path(folder).name in ("dog", "lost+found"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError, match="photos/dog"):
+        load_folder(class_folders, 8, 1)
+    (class_folders / "dog").rename(class_folders / "lost+found")
+    assert load_folder(class_folders, 8, 1)[2] == ["cat", "owl"]
 
 
 def test_loose_images_beside_class_folders(class_folders):

@@ -27,18 +27,22 @@ def list_images(path: Path, flag: str = "--data") -> tuple[list[str], Callable[[
 
     Raises:
         ValueError: the path is neither a folder nor a zip file, or a link in it leads back up.
+        OSError: a folder in it cannot be listed.
     """
     formats = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
 
     def is_hidden(name: str) -> bool:
-        return name.startswith((".", "__MACOSX"))
+        return name.startswith((".", "__MACOSX")) or name == "lost+found"       # of a disk; only root may list it
 
     def is_image(name: str) -> bool:
         return PurePosixPath(name).suffix.lower() in formats and not any(map(is_hidden, PurePosixPath(name).parts))
 
+    def fail(error: OSError) -> None:                       # os.walk would pass over the folder
+        raise error
+
     if path.is_dir():
         names = []
-        for folder, folders, files in os.walk(path, followlinks=True):
+        for folder, folders, files in os.walk(path, onerror=fail, followlinks=True):
             folders[:] = [name for name in folders if not is_hidden(name)]
             for link in filter(Path.is_symlink, (Path(folder, name) for name in folders)):
                 if any(map(link.samefile, link.absolute().parents)):
