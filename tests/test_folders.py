@@ -278,6 +278,15 @@ def test_a_link_that_leads_back_is_refused(class_folders, tmp_path, link, target
     assert len(load_folder(class_folders, 8, 1)[0]) == 4
 
 
+@pytest.mark.parametrize("link", ["eel", "cat/3.png"], ids=["class folder", "image"])
+def test_a_link_that_leads_nowhere_is_refused(class_folders, link):
+    """What it led to may be on a disk that is not mounted. A hidden one does no harm."""
+    (class_folders / link).symlink_to("/nowhere")
+    refused(class_folders, f"the link {re.escape(str(class_folders / link))} leads nowhere")
+    (class_folders / link).rename(class_folders / ".hidden")
+    assert len(load_folder(class_folders, 8, 1)[0]) == 4
+
+
 def test_a_folder_that_cannot_be_listed_is_no_empty_one(class_folders, monkeypatch):
     """But for lost+found, which belongs to root, on a disk of one's own."""
     def scandir(folder, scan=os.scandir):

@@ -26,7 +26,7 @@ def list_images(path: Path, flag: str = "--data") -> tuple[list[str], Callable[[
     """Names (relative, with slashes, sorted) of all image files in a folder or zip, and a function that reads one.
 
     Raises:
-        ValueError: the path is neither a folder nor a zip file, or a link in it leads back up.
+        ValueError: the path is neither a folder nor a zip file, or a link in it leads back up or nowhere.
         OSError: a folder in it cannot be listed.
     """
     formats = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
@@ -48,7 +48,11 @@ def list_images(path: Path, flag: str = "--data") -> tuple[list[str], Callable[[
                 if any(map(link.samefile, link.absolute().parents)):
                     raise ValueError(f"{flag} {path}: the link {link} leads to a folder that it is in, whose images would be read again "
                                      "and again; remove it (links to other folders are followed)")
-            names += [file.relative_to(path).as_posix() for file in (Path(folder, name) for name in files) if file.is_file()]
+            for file in (Path(folder, name) for name in files if not is_hidden(name)):
+                if file.is_file():
+                    names.append(file.relative_to(path).as_posix())
+                elif file.is_symlink():
+                    raise ValueError(f"{flag} {path}: the link {file} leads nowhere; bring back the images that it led to, or remove it")
         return sorted(filter(is_image, names)), lambda name: (path / name).read_bytes()
     if zipfile.is_zipfile(path):
         archive = zipfile.ZipFile(path)                     # ZipFile locks its reads, so threads may share it
