@@ -7,10 +7,10 @@
 """
 
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import torch
@@ -90,16 +90,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     network.load_state_dict(weights)
     evaluation = Path(cfg.evaluation) if cfg.evaluation else None
     card = model_card(cfg.push or target.name, metadata, weights_id(network), run, evaluation)
-    temporary = target.with_name(f".{target.name}.writing")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    (temporary / "README.md").write_text(card)
-    save_model_folder(temporary, network.bfloat16(), metadata)
-    target.mkdir(exist_ok=True)
-    names = sorted((file.name for file in temporary.iterdir()), reverse=True)       # whatever else is there, a repository's .git say, stays
-    for name in names:
-        os.replace(temporary / name, target / name)
-    temporary.rmdir()
+    with TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
+        # A class's name is its folder's, which need not be UTF-8; the card shows it as Python does.
+        Path(temporary, "README.md").write_text(card, "utf-8", "backslashreplace")
+        save_model_folder(Path(temporary), network.bfloat16(), metadata)
+        target.mkdir(exist_ok=True)
+        names = sorted(os.listdir(temporary), reverse=True)             # whatever else is there, a repository's .git say, stays
+        for name in names:
+            os.replace(Path(temporary, name), target / name)
     print(f"{target}: {what}, {(target / 'model.safetensors').stat().st_size / 1e6:.1f} MB")
     if cfg.push:
         from huggingface_hub import HfApi

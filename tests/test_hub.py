@@ -12,7 +12,7 @@ import release
 import sample
 from models import DiT, SiT, build_network
 from pipeline import SplitMeanFlowPipeline
-from utils.checkpoints import load_network, read_weights, weights_id, write_weights
+from utils.checkpoints import load_network, read_weights, resolve_weights, weights_id, write_weights
 from utils.guidance import guided_velocity
 from utils.sampling import sample_average_velocity, sample_velocity
 
@@ -199,6 +199,26 @@ def test_release_keeps_what_is_there(results, folder, tmp_path, monkeypatch):
     for place in (folder, folder.parent / "empty"):
         again = load_file(place / "model.safetensors")
         assert again.keys() == weights.keys() and all(torch.equal(again[name], weight) for name, weight in weights.items())
+
+
+def test_release_with_a_class_name_that_is_not_utf8(results, tmp_path):
+    """As Python reads the name of such a folder; the card's code is right."""
+    weights, metadata = read_weights(resolve_weights(results / "student-digits"))
+    metadata["classes"][0] = "caf\udce9"
+    write_weights(tmp_path / "student.safetensors", weights, metadata)
+    release.main([str(tmp_path / "student.safetensors"), str(tmp_path / "hub")])
+    assert r"class_labels=['caf\udce9']" in (tmp_path / "hub/README.md").read_text()
+    assert SplitMeanFlowPipeline.from_pretrained(tmp_path / "hub").classes[0] == "caf\udce9"
+
+
+def test_a_release_that_fails_leaves_nothing(results, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(release, "save_model_folder", full)
+    with pytest.raises(OSError, match="No space left"):
+        release.main([str(results / "student-digits"), str(tmp_path / "hub")])
+    assert not list(tmp_path.iterdir())
 
 
 def test_release_of_a_mean(results, tmp_path):
