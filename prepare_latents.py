@@ -54,8 +54,8 @@ def describe(cfg: Config, folder: ImageFolder, autoencoder: Autoencoder) -> dict
         raise ValueError(f"--image-size {cfg.image_size}: must be divisible by {autoencoder.factor}, the factor of {cfg.autoencoder}")
     side = cfg.image_size // autoencoder.factor
     return {
-        "format": latents.FORMAT, "source": cfg.source, "listing": fingerprint("\n".join(folder.names).encode()),
-        "num_images": len(folder.names),
+        "format": latents.FORMAT, "source": cfg.source, "num_images": len(folder.names),
+        "listing": fingerprint("\n".join(folder.names).encode(errors="surrogateescape")),        # names need not be UTF-8
         "classes": folder.classes, "image_size": cfg.image_size, "shape": [autoencoder.num_channels, side, side], "flip": cfg.flip,
         "dtype": cfg.dtype, "shard_size": cfg.shard_size, "posterior": "mean", "autoencoder": autoencoder.entry,
     }

@@ -2,6 +2,8 @@
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ import prepare_latents
 from utils import autoencoder as autoencoders
 from utils import latents
 from utils.autoencoder import Autoencoder
+from utils.checkpoints import fingerprint
 from utils.data import Batches, load_data, load_images, to_range
 from utils.distributed import Ranks
+from utils.folders import ImageFolder
 
 CPU = torch.device("cpu")
 
@@ -148,3 +152,10 @@ def test_other_images_and_foreign_folders_are_refused(photo_latents, tmp_path):
         prepare(tmp_path, tmp_path / "prepared")
     with pytest.raises(ValueError, match=r"SOURCE .*prepared holds no image"):
         prepare_latents.main([str(photo_latents / "prepared"), str(tmp_path / "out"), "--device", "cpu"])
+
+
+def test_names_need_not_be_utf8():
+    folder = ImageFolder(Path("photos"), ["caf\udce9/1.png"], lambda name: b"", ["caf\udce9"], [0])
+    description = prepare_latents.describe(prepare_latents.Config("photos", "out"), folder,
+                                           SimpleNamespace(factor=8, num_channels=4, entry={"source": "x"}))
+    assert description["listing"] == fingerprint(b"caf\xe9/1.png") and latents.identity(description)
