@@ -1,3 +1,4 @@
+import errno
 import os
 import pickle
 import shutil
@@ -52,6 +53,19 @@ def test_newest_ones_are_kept(tmp_path):
     for step in (1, 2, 30, 4):                              # 4 after 30: newest by step
         save(tmp_path, step, keep=2)
     assert names(tmp_path) == ["step_00000004", "step_00000030"]
+
+
+def test_an_old_one_that_is_being_read_on_nfs_is_deleted_later(three, monkeypatch):
+    def busy(path, **_):
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", path)
+
+    monkeypatch.setattr(os, "rmdir", busy)
+    with pytest.warns(UserWarning, match="could not delete .*step_00000001"):
+        save(three, 4, keep=3)
+    assert step_folders(three)[0].name == "step_00000001"
+    monkeypatch.undo()
+    save(three, 5, keep=3)
+    assert [path.name for path in step_folders(three)] == ["step_00000003", "step_00000004", "step_00000005"]
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):

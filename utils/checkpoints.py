@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -187,7 +188,10 @@ def save_checkpoint(folder: Path, step: int, networks: Mapping[str, Mapping[str,
         free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
         raise OSError(f"could not write checkpoint {target} ({free / 2**20:.0f} MiB free on that disk): {error}") from error
     for old in step_folders(folder)[:-keep]:
-        shutil.rmtree(old)
+        try:
+            shutil.rmtree(old)
+        except OSError as error:                                # NFS keeps a folder while one of its files is read
+            warnings.warn(f"could not delete {old}, which the next save will try again: {error}", stacklevel=2)
     return target
 
 
