@@ -59,28 +59,28 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 
 @dataclass(frozen=True)
 class Config:
-    checkpoint: Annotated[str, tyro.conf.Positional]        # safetensors file, checkpoint folder, or run folder (its newest)
-    data: str | None = None                     # the training images; None: what the checkpoint was trained on, or its latents made from
-    held_out: str | None = None                 # path of held-out images of your own; None: the test split, or a tenth that a hash chooses
-    data_root: str = "data"                     # where mnist and cifar10 are, or are downloaded to
-    features: Literal["classifier", "inception"] = "classifier"     # feature space
-    classifier: str | None = None               # file of train_classifier.py; None: checkpoints/classifier-<data>.safetensors
-    inception_weights: str | None = None        # file of torch-fidelity's Inception weights; None: download them
-    num_steps: tuple[int, ...] = ()             # sampling steps, a row each; empty: 1 2 4 8 for a student, 25 for a teacher
-    guidance_scale: tuple[float, ...] = ()      # a row each; empty: 1 for a teacher, its own for a student, which may have others
-    guidance_interval: tuple[float, float] = (0.0, 1.0)     # teacher only: times at which it is guided
-    method: Literal["euler", "heun"] = "euler"  # teacher only: solver; heun takes 2n - 1 evaluations for n steps
-    num_images: int = 10_000                    # samples of each row and seed; 50000 for the record
-    seeds: int = 3                              # sets of samples, from other noise
-    teacher: str | None = None                  # of a student, for the distance from it; None: the one beside the checkpoint, if any
-    batch_size: int | None = None               # images at a time; None: 500 on a GPU, 50 on a CPU
-    bfloat16: bool = False                      # compute in bfloat16 (on CUDA only): twice as fast, with a light grain in one step
-    compile: bool = False                       # torch.compile the network (on CUDA only): 15 to 21 s, pays from 200,000 evaluations on
-    device: str = "auto"                        # auto, cuda, cpu
-    num_workers: int = 4                        # threads that decode image files
-    autoencoder: str | None = None              # of a network of latents: hub id or folder; None: where it was in training
-    out: str | None = None                      # folder to write to; None: results/evaluation-<checkpoint>, and -2, ... beside others
-    cache: str = "results/features"             # folder that keeps the training split's features
+    checkpoint: Annotated[str, tyro.conf.Positional]    # safetensors file, checkpoint folder, or run folder (its newest checkpoint)
+    data: str | None = None                 # training images; None: those of the checkpoint, or those from which its latents were made
+    held_out: str | None = None             # path to held-out images of your own; None: the test split, else a tenth chosen by a hash
+    data_root: str = "data"                 # folder of mnist and cifar10; a missing one is downloaded into it
+    features: Literal["classifier", "inception"] = "classifier"     # feature space: of a classifier of the data set, or of Inception
+    classifier: str | None = None           # file of train_classifier.py; None: checkpoints/classifier-<data>.safetensors
+    inception_weights: str | None = None    # file of torch-fidelity's Inception weights; None: download them
+    num_steps: tuple[int, ...] = ()         # numbers of sampling steps, a row each; empty: 1 2 4 8 for a student, 25 for a teacher
+    guidance_scale: tuple[float, ...] = ()  # a row each; empty: 1 for a teacher, the default of a student (others if it learned a range)
+    guidance_interval: tuple[float, float] = (0.0, 1.0)     # teacher only: times between which it is guided (0: data, 1: noise)
+    method: Literal["euler", "heun"] = "euler"  # teacher only: ODE solver; heun takes 2n - 1 evaluations for n steps
+    num_images: int = 10_000                # samples for each row and seed; 50000 for the record
+    seeds: int = 3                          # sets of samples for each row, each from other noise
+    teacher: str | None = None              # student only: teacher whose distance is measured; None: the one beside the checkpoint, if any
+    batch_size: int | None = None           # images at a time; None: 500 on a GPU, 50 on a CPU
+    bfloat16: bool = False                  # compute in bfloat16 (on CUDA only): twice as fast, with a light grain in one step
+    compile: bool = False                   # torch.compile the network (on CUDA only): 15 to 21 s, pays off from 200,000 evaluations
+    device: str = "auto"                    # auto, cuda, cuda:1, ..., or cpu
+    num_workers: int = 4                    # threads that decode image files
+    autoencoder: str | None = None          # latents only: Hub id or folder of their autoencoder; None: where it was in training
+    out: str | None = None                  # output folder; None: results/evaluation-<checkpoint>, with -2, ... if other results are there
+    cache: str = "results/features"         # folder that keeps the features of the training split
 
     def __post_init__(self) -> None:
         for field in ("num_images", "seeds", "num_workers"):

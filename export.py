@@ -34,13 +34,13 @@ OWN = 10                    # or this many times what float32 makes of the netwo
 @dataclass(frozen=True)
 class Config:
     checkpoint: Annotated[str, tyro.conf.Positional]        # a student: safetensors file, checkpoint folder, or run folder
-    target: Annotated[str, tyro.conf.Positional]            # the file to write, ending in .onnx or .pt2
-    form: Literal["sampler", "step"] = "sampler"            # sampler: noise to image; step: one step from t to r, for loops of one's own
+    target: Annotated[str, tyro.conf.Positional]            # file to write, ending in .onnx or .pt2
+    form: Literal["sampler", "step"] = "sampler"            # sampler: noise to image; step: one step from t to r, for a loop of your own
     num_steps: int = 1                                      # network evaluations of a sampler
-    guidance_scale: float | None = None                     # of a student that learned several; None: its own
-    guidance_input: bool = False                            # of such a student: the scale is an input, one number for all images
-    half: bool = False                                      # .onnx: weights in float16, half the file; arithmetic stays float32
-    replace: bool = False                                   # overwrite a file that is there
+    guidance_scale: float | None = None                     # scale to build in, if the student learned a range; None: its default
+    guidance_input: bool = False                            # make the scale an input, one for all images, if the student learned a range
+    half: bool = False                                      # with .onnx: weights in float16, half the file; arithmetic stays float32
+    replace: bool = False                                   # overwrite an existing file
 
     def __post_init__(self) -> None:
         require(self, "num_steps", self.num_steps >= 1, "at least 1")

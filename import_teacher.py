@@ -29,19 +29,19 @@ from utils.latents import is_latents, read_description
 
 @dataclass(frozen=True)
 class Config:
-    source: Annotated[str, tyro.conf.Positional]            # .safetensors, .pt or .pth: a state dict, or one in ema, model or state_dict
-    target: Annotated[str, tyro.conf.Positional]            # the file to write, .safetensors
-    time_direction: Literal["data-at-one", "noise-at-one"]  # where their time is 1: the data (SiT) or the noise (REPA, SD3)
-    time_scale: float = 1.0                     # their time is multiplied by this before its sinusoid: 1 (SiT, REPA) or 1000 (SD3)
+    source: Annotated[str, tyro.conf.Positional]    # file (.safetensors, .pt, .pth) of a state dict, or of one in ema, model, state_dict
+    target: Annotated[str, tyro.conf.Positional]    # file to write, ending in .safetensors
+    time_direction: Literal["data-at-one", "noise-at-one"]  # what these weights have at time 1: the data (SiT) or the noise (REPA, SD3)
+    time_scale: float = 1.0                     # factor of these weights' time before its sinusoid: 1 (SiT, REPA) or 1000 (SD3)
     preset: str | None = None                   # SiT-S, B, L, XL or depth x width x heads as in SiT-6x256x4, and /patch; None: as found
-    num_heads: int | None = None                # of attention; None: those of the preset or known size
-    image_size: int | None = None               # side of the images or latents; None: as found, and if given it must be that
-    num_classes: int | None = None              # without the null class, likewise
-    class_names: str | None = None              # text file, a class's name a line in the order of the labels; None: 0, 1, 2, ...
-    data: str | None = None                     # what it was trained on, as train_student.py's --data; needed if that is latents
-    ignore: tuple[str, ...] = ()                # beginnings of names to leave out: parts that served training alone
-    precision: Literal["float32", "bfloat16"] = "float32"   # of the file
-    replace: bool = False                       # overwrite a file that is there
+    num_heads: int | None = None                # attention heads; None: those of the preset or known size
+    image_size: int | None = None               # side of the images or latents; None: as found; a number must match that
+    num_classes: int | None = None              # classes, without the null class; None: as found; a number must match that
+    class_names: str | None = None              # text file, one class name a line, in the order of the labels; None: 0, 1, 2, ...
+    data: str | None = None                     # what it was trained on, as for --data of train_student.py; needed if that is latents
+    ignore: tuple[str, ...] = ()                # prefixes of names to leave out: parts that only training used
+    precision: Literal["float32", "bfloat16"] = "float32"   # number format of the weights in the file
+    replace: bool = False                       # overwrite an existing file
 
     def __post_init__(self) -> None:
         require(self, "time_scale", 0 < self.time_scale < math.inf, "above 0")

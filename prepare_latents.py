@@ -28,16 +28,16 @@ from utils.folders import ImageFolder, chunked, open_folder
 
 @dataclass(frozen=True)
 class Config:
-    source: Annotated[str, tyro.conf.Positional]            # folder or zip of images, in class folders or not
-    out: Annotated[str, tyro.conf.Positional]               # folder to write to: the --data of the training scripts
-    image_size: int = 256                       # side in pixels: images are centre-cropped and resized to it
-    autoencoder: str = "stabilityai/sd-vae-ft-mse"          # AutoencoderKL of diffusers: hub id, or folder
-    flip: bool = True                           # encode each image's mirror image too, for training to choose from
-    shard_size: int = 4096                      # images of a file
-    dtype: Literal["float16", "bfloat16", "float32"] = "float16"    # of the values written
+    source: Annotated[str, tyro.conf.Positional]    # folder or zip of images, in class folders or not
+    out: Annotated[str, tyro.conf.Positional]   # folder to write to: --data of the training scripts
+    image_size: int = 256                       # side in pixels to which images are centre-cropped and resized
+    autoencoder: str = "stabilityai/sd-vae-ft-mse"  # AutoencoderKL of diffusers: Hub id or folder
+    flip: bool = True                           # encode mirror images too, so that training can use them
+    shard_size: int = 4096                      # images per file
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"    # number format of the latents in the files
     batch_size: int = 32                        # images encoded at a time
     num_workers: int = 8                        # threads that decode image files
-    device: str = "auto"                        # auto, cuda, cpu
+    device: str = "auto"                        # auto, cuda, cuda:1, ..., or cpu
 
     def __post_init__(self) -> None:
         for field in ("image_size", "shard_size", "batch_size", "num_workers"):

@@ -26,11 +26,11 @@ from utils.model_card import model_card
 @dataclass(frozen=True)
 class Config:
     source: Annotated[str, tyro.conf.Positional]            # run folder (its newest checkpoint), checkpoint folder, or file
-    target: Annotated[str, tyro.conf.Positional]            # the file (.safetensors), or the folder, to write
-    evaluation: str | None = None                           # folder only: what evaluate.py wrote, for the model card
+    target: Annotated[str, tyro.conf.Positional]            # file (.safetensors) or folder to write
+    evaluation: str | None = None                           # folder only: output folder of evaluate.py, for the model card
     push: str | None = None                                 # folder only: upload it to this Hub id, such as someone/splitmeanflow-mnist
-    replace: bool = False                                   # overwrite what is there
-    mean_with: tuple[str, ...] = ()                         # more runs or files that went on from one network: the mean of all is made
+    replace: bool = False                                   # overwrite an existing target
+    mean_with: tuple[str, ...] = ()                         # more runs or files, trained on from the same network: write the mean of all
 
     def __post_init__(self) -> None:
         is_file = self.target.endswith(".safetensors")

@@ -34,22 +34,22 @@ ENDINGS = {"grid": ".png", "png": "", "npz": ".npz", "gif": ".gif"}     # of wha
 
 @dataclass(frozen=True)
 class Config:
-    checkpoint: Annotated[str, tyro.conf.Positional]        # safetensors file, checkpoint folder, or run folder (its newest)
-    num_steps: tuple[int, ...] = ()             # sampling steps, one set of images each; empty: 1 2 4 for a student, 25 for a teacher
-    classes: tuple[str, ...] = ()               # names or numbers of classes; empty: all
-    guidance_scale: float | None = None         # None: 1 for a teacher, its own for a student, which may have others to choose from
-    guidance_interval: tuple[float, float] = (0.0, 1.0)     # teacher only: times at which it is guided
-    method: Literal["euler", "heun"] = "euler"  # teacher only: solver; heun takes 2n - 1 evaluations for n steps
-    renoise: bool = False                       # student only: jump to the data and add fresh noise, instead of following the flow
-    num_images: int = 100                       # images of each set, spread evenly over the classes
-    seed: int = 0                               # of the noise; the same for every number of steps
-    formats: tuple[Literal["grid", "png", "npz", "gif"], ...] = ("grid",)   # grid.png, single PNGs, uint8 arrays, trajectory GIF
-    out: str | None = None                      # folder to write to; None: samples, or the first of samples-2, ... that has room
-    batch_size: int | None = None               # images at a time; None: 500 on a GPU, 50 on a CPU
-    bfloat16: bool = False                      # compute in bfloat16 (on CUDA only): twice as fast, with a light grain in one step
-    compile: bool = False                       # torch.compile the network (on CUDA only): 15 to 21 s, pays from 200,000 evaluations on
-    device: str = "auto"                        # auto, cuda, cpu
-    autoencoder: str | None = None              # of a network of latents: hub id or folder; None: where it was in training
+    checkpoint: Annotated[str, tyro.conf.Positional]    # safetensors file, checkpoint folder, or run folder (its newest checkpoint)
+    num_steps: tuple[int, ...] = ()         # numbers of sampling steps, a set of images each; empty: 1 2 4 for a student, 25 for a teacher
+    classes: tuple[str, ...] = ()           # names or numbers of the classes to draw; empty: all
+    guidance_scale: float | None = None     # None: 1 for a teacher, the default of a student (others only if it learned a range)
+    guidance_interval: tuple[float, float] = (0.0, 1.0)     # teacher only: times between which it is guided (0: data, 1: noise)
+    method: Literal["euler", "heun"] = "euler"  # teacher only: ODE solver; heun takes 2n - 1 evaluations for n steps
+    renoise: bool = False                   # student only: jump to the data and add fresh noise, instead of following the flow
+    num_images: int = 100                   # images in each set, spread evenly over the classes
+    seed: int = 0                           # seed of the noise, which is the same for every number of steps
+    formats: tuple[Literal["grid", "png", "npz", "gif"], ...] = ("grid",)   # grid in a PNG, single PNGs, uint8 arrays, trajectory as GIF
+    out: str | None = None                  # output folder; None: samples, or the first of samples-2, ... without such files
+    batch_size: int | None = None           # images at a time; None: 500 on a GPU, 50 on a CPU
+    bfloat16: bool = False                  # compute in bfloat16 (on CUDA only): twice as fast, with a light grain in one step
+    compile: bool = False                   # torch.compile the network (on CUDA only): 15 to 21 s, pays off from 200,000 evaluations
+    device: str = "auto"                    # auto, cuda, cuda:1, ..., or cpu
+    autoencoder: str | None = None          # latents only: Hub id or folder of their autoencoder; None: where it was in training
 
     def __post_init__(self) -> None:
         require(self, "num_images", self.num_images >= 1, "at least 1")

@@ -36,23 +36,23 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Config:
-    data: str = "mnist"                         # mnist, cifar10, digits, or the path of class folders
-    held_out: str | None = None                 # path of other images of the same classes, if --data is a path
-    data_root: str = "data"                     # where mnist and cifar10 are, or are downloaded to
-    image_size: int | None = None               # side in pixels; None: the data set's own, 32 for a path
+    data: str = "mnist"                         # data set: mnist, cifar10, digits, or the path to class folders
+    held_out: str | None = None                 # path to other images of the same classes, if --data is a path
+    data_root: str = "data"                     # folder of mnist and cifar10; a missing one is downloaded into it
+    image_size: int | None = None               # side in pixels to which images are resized; None: the data set's own, 32 for a path
     flip: bool | None = None                    # mirror each image in every other epoch; None: all but mnist and digits
     width: int = 64                             # channels of the first layer; there are 4 times as many features
     epochs: float = 30                          # passes over the training split
-    batch_size: int = 128                       # images an update
-    lr: float = 1.5e-3                          # the highest learning rate, for each image of a batch
-    weight_decay: float = 2e-6                  # decoupled, for each image of a batch
-    label_smoothing: float = 0.2                # share of each label spread over all classes
-    min_accuracy: float = 0.8                   # on the held-out images; below, nothing is written
-    seed: int = 0                               # of everything random
-    device: str = "auto"                        # auto, cuda, cpu
+    batch_size: int = 128                       # images per update
+    lr: float = 1.5e-3                          # highest learning rate, per image of a batch
+    weight_decay: float = 2e-6                  # decoupled weight decay, per image of a batch
+    label_smoothing: float = 0.2                # share of each label that is spread over all classes
+    min_accuracy: float = 0.8                   # accuracy on the held-out images below which nothing is written
+    seed: int = 0                               # seed of everything random
+    device: str = "auto"                        # auto, cuda, cuda:1, ..., or cpu
     num_workers: int = 4                        # threads that decode image files
     out: str | None = None                      # file to write; None: checkpoints/classifier-<data>.safetensors
-    replace: bool = False                       # overwrite a file that is there
+    replace: bool = False                       # overwrite an existing file
 
     def __post_init__(self) -> None:
         for field in ("width", "epochs", "batch_size", "lr"):

@@ -44,37 +44,37 @@ from utils.times import LAM_LAWS, LAWS, count_whole, draw_between, draw_interval
 
 @dataclass(frozen=True)
 class Config(RunConfig):
-    data: str = "mnist"                         # mnist, cifar10, digits, or the path of a folder or zip of images
-    teacher: str | None = None                  # file, checkpoint or run folder; None: newest matching run, else the released one
-    model: str | None = None                    # the student has its teacher's size; if given, it must be that
-    extra_blocks: int = 0                       # more blocks than the teacher's, between these; at first they do nothing. By fours: fastest
-    input_skip: bool = False                    # a learned share of the input is added to the output, none at first
+    data: str = "mnist"                         # data set: mnist, cifar10, digits, or the path to images (folder or zip) or latents
+    teacher: str | None = None                  # teacher's file, checkpoint or run folder; None: newest matching run, else the released one
+    model: str | None = None                    # not needed: the student has its teacher's size; if given, it must be that
+    extra_blocks: int = 0                       # blocks added between the teacher's; they do nothing at first. Multiples of 4 are fastest
+    input_skip: bool = False                    # add a learned share of the input to the output; the share is zero at first
     steps: int = 6_000                          # updates in all
-    optimizer: Literal["muon", "adamw"] = "muon"    # muon: Muon for the blocks' matrices, AdamW for the rest
+    optimizer: Literal["muon", "adamw"] = "muon"    # muon: Muon for the blocks' matrices, AdamW for the rest; adamw: AdamW alone
     lr: float = 5e-4                            # learning rate of AdamW
     muon_lr: float = 0.01                       # learning rate of Muon
-    weight_decay: float = 0.0                   # decoupled
-    warmup_steps: int = 100                     # linear warm-up of the learning rates
-    decay_share: float = 0.4                    # last share of the steps, in which they fall linearly to zero
+    weight_decay: float = 0.0                   # decoupled weight decay
+    warmup_steps: int = 100                     # updates of linear warm-up of the learning rates
+    decay_share: float = 0.4                    # last share of the updates, in which the learning rates fall linearly to zero
     max_grad_norm: float = 1.0                  # gradients are clipped to this norm
-    ema_decay: float = 0.9995                   # of the averaged weights, which are what is sampled and released
-    guidance_scale: float = 1.3                 # of the teacher's velocity; 1 is none. With a range: of sample grids and --eval-every
-    guidance_interval: tuple[float, float] = (0.0, 1.0)     # times at which the teacher is guided
-    guidance_range: tuple[float, float] | None = None       # of scales that the student is told and learns, to choose from; None: one alone
-    boundary_share: float = 0.5                 # of each batch: boundary condition; the rest: interval splitting
-    first_leg: Leg = "euler"                    # of a target: the student's own (self), or a step of the teacher's ODE
-    last_leg: Leg = "self"                      # likewise; one of the two must be the student's
-    lam_law: str = "anneal(0.3, 0.05, 0.8)"     # share of the teacher's leg, or lam: uniform, constant(c), or anneal(start, end, over)
-    t_law: str = "logit-normal(-0.6, 1.6)"      # draws of t: uniform, or logit-normal(loc, scale)
-    r_law: str = "logit-normal(-4, 1.6)"        # draws of r, likewise
-    pinned_share: float = 0.15                  # of the intervals: pinned at those sampled at test time
-    pinned_steps: tuple[int, ...] = (1, 2)      # the numbers of steps whose intervals these are; one named twice counts twice
-    one_step_from: int = 0                      # target of what is pinned at (0, 1): where so many steps of the student's own lead; 0: legs
-    edge_weight: float = 0.0                    # in the losses: of differences between neighbouring pixels; 0 for none
-    adaptive_power: float = 0.75                # p of the adaptive weight 1 / (loss + 0.001)^p; 0 is the plain loss
-    target: Literal["online", "ema", "start"] = "online"    # makes the student's part of a target: itself, an EMA of it, or its start
-    target_decay: float = 0.95                  # of that EMA
-    num_steps: tuple[int, ...] = (1, 2, 4)      # sampling steps of the sample grids; the GIF takes the most
+    ema_decay: float = 0.9995                   # decay of the EMA of the weights, which is what is sampled and released
+    guidance_scale: float = 1.3                 # teacher's guidance scale (1: none); with --guidance-range, the student's default
+    guidance_interval: tuple[float, float] = (0.0, 1.0)     # times between which the teacher is guided (0: data, 1: noise)
+    guidance_range: tuple[float, float] | None = None   # lowest and highest scale, if the student takes it as an input; None: one scale
+    boundary_share: float = 0.5                 # share of each batch for the boundary condition; the rest is for interval splitting
+    first_leg: Leg = "euler"                    # first leg of a target, from t to s: by the student (self), or a step of the teacher's ODE
+    last_leg: Leg = "self"                      # last leg of a target, from s to r: as --first-leg; one of the two must be self
+    lam_law: str = "anneal(0.3, 0.05, 0.8)"     # share of the teacher's leg, or lam if none: uniform, constant(c), anneal(start, end, over)
+    t_law: str = "logit-normal(-0.6, 1.6)"      # distribution of t: uniform, or logit-normal(loc, scale)
+    r_law: str = "logit-normal(-4, 1.6)"        # distribution of r: as --t-law
+    pinned_share: float = 0.15                  # share of the intervals that are pinned at those used in sampling, rather than drawn
+    pinned_steps: tuple[int, ...] = (1, 2)      # numbers of sampling steps whose intervals are pinned; one named twice counts twice
+    one_step_from: int = 0                      # for intervals pinned at (0, 1): a target of this many student steps; 0: two legs as usual
+    edge_weight: float = 0.0                    # weight, in the losses, of error differences between neighbouring pixels; 0: none
+    adaptive_power: float = 0.75                # power p of the adaptive weight 1 / (loss + 0.001)^p; 0: the plain loss
+    target: Literal["online", "ema", "start"] = "online"    # what makes the student's part of targets: itself, its EMA, or its --start-from
+    target_decay: float = 0.95                  # decay of the EMA of --target ema
+    num_steps: tuple[int, ...] = (1, 2, 4)      # sampling steps of the sample grids and --eval-every; the GIF shows the most
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -44,22 +44,22 @@ from utils.times import LAWS, draw_times
 
 @dataclass(frozen=True)
 class Config(RunConfig):
-    data: str = "cifar10"                       # mnist, cifar10, digits, or the path of a folder or zip of images
-    model: str = "DiT-S/2"                      # DiT-Nano, Ti, S, B, L or XL, and /2, /4 or /8 for the patch size
+    data: str = "cifar10"                       # data set: mnist, cifar10, digits, or the path to images (folder or zip) or latents
+    model: str = "DiT-S/2"                      # DiT-Nano, Ti, S, B, L or XL, with /2, /4 or /8 for the patch size, as in DiT-S/2
     steps: int = 13_000                         # updates in all
-    optimizer: Literal["muon", "adamw"] = "muon"    # muon: Muon for the blocks' matrices, AdamW for the rest
+    optimizer: Literal["muon", "adamw"] = "muon"    # muon: Muon for the blocks' matrices, AdamW for the rest; adamw: AdamW alone
     lr: float = 1e-3                            # learning rate of AdamW
     muon_lr: float = 0.02                       # learning rate of Muon
-    weight_decay: float = 0.0                   # decoupled
-    warmup_steps: int = 100                     # linear warm-up of the learning rates
-    decay_share: float = 0.4                    # last share of the steps, in which they fall linearly to zero
+    weight_decay: float = 0.0                   # decoupled weight decay
+    warmup_steps: int = 100                     # updates of linear warm-up of the learning rates
+    decay_share: float = 0.4                    # last share of the updates, in which the learning rates fall linearly to zero
     max_grad_norm: float = 1.0                  # gradients are clipped to this norm
-    ema_decay: float = 0.9995                   # of the averaged weights, which are what is sampled and released
-    t_law: str = "logit-normal(0, 1)"           # draws of t: uniform, or logit-normal(loc, scale)
-    label_dropout: float = 0.1                  # share of labels replaced by "no class"
-    augment: float = 0.0                        # chance that an image is scaled, stretched, rotated, shifted (each); the network is told
-    guidance_scale: tuple[float, ...] = (1.0, 2.5, 5.0)     # of the sample grids; the GIF takes the middle one
-    sample_steps: int = 25                      # Euler steps of the sample grids
+    ema_decay: float = 0.9995                   # decay of the EMA of the weights, which is what is sampled and released
+    t_law: str = "logit-normal(0, 1)"           # distribution of t: uniform, or logit-normal(loc, scale)
+    label_dropout: float = 0.1                  # share of labels replaced by "no class", which makes guidance possible
+    augment: float = 0.0                        # chance of each: to scale, stretch, rotate, shift an image; the network is told how
+    guidance_scale: tuple[float, ...] = (1.0, 2.5, 5.0)     # guidance scales of the sample grids; the GIF shows the middle one
+    sample_steps: int = 25                      # Euler steps for the sample grids and --eval-every
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -29,18 +29,18 @@ from utils.pictures import read_lines
 
 @dataclass(frozen=True)
 class Config:
-    name: str = "defaults"                      # of this choice of flags; begins the names of its runs
-    seeds: tuple[int, ...] = (0, 1)             # one GPU each, as many at once as there are
-    data: str = "cifar10"                       # as for the training scripts
-    data_root: str = "data"                     # likewise
-    teacher: str | None = None                  # of all students; None: each seed trains its own first
-    teacher_flags: str = ""                     # further flags of the teacher's run, as in --teacher-flags="--model DiT-Ti/2"
-    student_flags: str = ""                     # likewise
-    evaluate_flags: str = "--num-steps 1 2 4"   # of evaluate.py
-    teacher_patch: str | None = None            # of benchmarks.ablations.patches; not one that changes the network's shape
-    student_patch: str | None = None            # likewise
-    results_dir: str = "results/half-hour"      # folder of the runs and evaluations
-    out: str = "results/half-hour/rows.jsonl"   # a row for each seed, appended when it is done
+    name: str = "defaults"                      # name of this choice of flags, with which the names of its runs begin
+    seeds: tuple[int, ...] = (0, 1)             # seeds, one GPU each, as many at once as there are GPUs
+    data: str = "cifar10"                       # data set, as for the training scripts
+    data_root: str = "data"                     # folder of mnist and cifar10
+    teacher: str | None = None                  # teacher of all students; None: each seed trains its own first
+    teacher_flags: str = ""                     # more flags for the teacher's run, as in --teacher-flags="--model DiT-Ti/2"
+    student_flags: str = ""                     # more flags for the student's run
+    evaluate_flags: str = "--num-steps 1 2 4"   # flags for evaluate.py
+    teacher_patch: str | None = None  # teacher's patch from benchmarks.ablations.patches; not one that changes the network's shape
+    student_patch: str | None = None            # student's patch: as --teacher-patch
+    results_dir: str = "results/half-hour"      # folder for the runs and evaluations
+    out: str = "results/half-hour/rows.jsonl"   # file that gets a row for each seed when it is done
 
     def __post_init__(self) -> None:
         require(self, "seeds", 0 < len(self.seeds) == len(set(self.seeds)), "one or more, each once")

@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 @dataclass(frozen=True)
 class Config:
     students: Annotated[tuple[str, ...], tyro.conf.Positional] = ()     # files or run folders; empty: checkpoints/student-*.safetensors
-    out: str = str(HERE / "public/models")                              # folder to write to; the models it held are replaced
+    out: str = str(HERE / "public/models")                              # folder to write to; models already there are replaced
 
 
 def describe(student: str, folder: Path) -> dict[str, Any]:

@@ -25,30 +25,30 @@ from utils.times import parse_law
 class RunConfig:
     """Flags that every training script has. Scripts derive their Config from it and add the method's own."""
 
-    data: str = "mnist"                         # mnist, cifar10, digits, or the path of a folder or zip of images
-    data_root: str = "data"                     # where mnist and cifar10 are, or are downloaded to
-    image_size: int | None = None               # side in pixels, images are resized to it; None: the data set's own, 32 for a path
-    flip: bool | None = None                    # mirror half, at random; None: a student as its teacher, else all but mnist, digits
-    steps: int = 10_000                         # updates in all
-    max_minutes: float | None = None            # save and stop after this long; the same command goes on later
-    start_from: str | None = None               # weights to start from, of the same network: file, checkpoint or run folder; None: fresh
-    global_batch_size: int = 512                # images an update, over all processes
-    seed: int = 0                               # of everything random
-    device: str = "auto"                        # auto, cuda, cpu
-    compile: bool = True                        # torch.compile the networks' blocks (on CUDA only)
-    cuda_graph: bool = True                     # record the kernels of loss and gradients once and replay them (CUDA, not with --shard)
-    shard: bool = False                         # split weights and optimizer state among the processes (FSDP2), for large models
-    results_dir: str = "results"                # run folders are made in here
-    name: str | None = None                     # run folder; None: stage and data set, such as teacher-mnist
-    log_every: int = 50                         # updates between log lines, the only moments that wait for the GPU
-    sample_every: int = 2_000                   # updates between sample grids
-    save_every: int = 2_000                     # updates between checkpoints
-    keep: int = 2                               # checkpoints to keep
-    eval_every: int | None = None               # updates between quick evaluations of 5,000 images; None: none
-    classifier: str | None = None               # file of train_classifier.py to evaluate with; None: the released one of the data set
-    num_workers: int = 4                        # threads that decode image files
-    autoencoder: str | None = None              # of latents: hub id or folder of what decodes them; None: where it was when they were made
-    comet: Literal["auto", "offline", "off"] = "auto"      # auto: online if a comet.com key is configured, else offline
+    data: str = "mnist"                 # data set: mnist, cifar10, digits, or the path to images (folder or zip) or latents
+    data_root: str = "data"             # folder of mnist and cifar10; a missing one is downloaded into it
+    image_size: int | None = None       # side in pixels to which images are resized; None: the data set's own, 32 for a path
+    flip: bool | None = None            # mirror half of the images at random; None: a student as its teacher, else all but mnist and digits
+    steps: int = 10_000                 # updates in all
+    max_minutes: float | None = None    # save and stop after this many minutes; the same command continues later
+    start_from: str | None = None       # weights to start from: file, checkpoint or run folder of the same network; None: from scratch
+    global_batch_size: int = 512        # images per update, over all processes
+    seed: int = 0                       # seed of everything random
+    device: str = "auto"                # auto, cuda, cuda:1, ..., or cpu
+    compile: bool = True                # torch.compile the networks' blocks (on CUDA only)
+    cuda_graph: bool = True             # record the kernels of loss and gradients once and replay them (on CUDA only, not with --shard)
+    shard: bool = False                 # split weights and optimizer state among the processes (FSDP2), for large models
+    results_dir: str = "results"        # folder in which run folders are made
+    name: str | None = None             # name of the run folder; None: stage and data set, such as teacher-mnist
+    log_every: int = 50                 # updates between log lines; training waits for the GPU only at these
+    sample_every: int = 2_000           # updates between sample grids
+    save_every: int = 2_000             # updates between checkpoints
+    keep: int = 2                       # newest checkpoints to keep
+    eval_every: int | None = None       # updates between quick evaluations of 5,000 images; None: none
+    classifier: str | None = None       # file of train_classifier.py for --eval-every; None: the released one of the data set
+    num_workers: int = 4                # threads that decode image files
+    autoencoder: str | None = None      # latents only: Hub id or folder of their autoencoder; None: where it was when they were made
+    comet: Literal["auto", "offline", "off"] = "auto"   # log to comet.com; auto: online if a key is configured, else offline
 
     def __post_init__(self) -> None:
         plain = self.data and os.path.normpath(self.data)                           # photos/ and ./photos are photos,

@@ -46,15 +46,15 @@ PROBING: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)     # by
 
 @dataclass(frozen=True)
 class Config:
-    only: tuple[str, ...] = ()                  # names of variants; empty: all
-    seeds: tuple[int, ...] = (0, 1)             # one run each
-    seconds: float = 90.0                       # of training, without start-up, sampling and evaluation
-    probe_steps: int = 100                      # updates of the run that tells the speed, the first half of them to warm up
-    teacher: str | None = None                  # of the students
-    data: str = "cifar10"                       # as for the training scripts
-    data_root: str = "data"                     # likewise
-    flags: str = ""                             # further flags for every run, as in --flags="--model DiT-B/4"
-    results_dir: str = "results/ablations"      # run folders
+    only: tuple[str, ...] = ()                  # names of the variants to run; empty: all
+    seeds: tuple[int, ...] = (0, 1)             # one run of each variant per seed
+    seconds: float = 90.0                       # training time of a run, without start-up, sampling and evaluation
+    probe_steps: int = 100                      # updates of the run that measures the speed; the first half warms up
+    teacher: str | None = None                  # teacher of the students
+    data: str = "cifar10"                       # data set, as for the training scripts
+    data_root: str = "data"                     # folder of mnist and cifar10
+    flags: str = ""                             # more flags for every run, as in --flags="--model DiT-B/4"
+    results_dir: str = "results/ablations"      # folder for the runs
     out: str = str(HERE)                        # folder of results.jsonl and table.md
     table_only: bool = False                    # only write the table
 
