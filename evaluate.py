@@ -1,14 +1,14 @@
-"""Numbers for any checkpoint: how far its images are from the data, beside the same numbers for real held-out images.
+"""Measure any checkpoint: how far its images are from the data, beside the same numbers for real held-out images.
 
     python evaluate.py checkpoints/student-mnist.safetensors                        1, 2, 4 and 8 steps, 3 seeds
     python evaluate.py results/teacher-cifar10 --num-steps 25 --guidance-scale 1 1.5 2
     python evaluate.py results/student-photos --data photos --held-out photos-test --features inception
 
-Protocol: the EMA weights' samples, rounded to 8 bits, classes in equal shares, against the whole training split (of your
-own images without --held-out: nine tenths, and the floor is the rest, which was trained on); precision and recall against as
-many training images as samples. The feature space is part of every number's name: a released classifier of the data set with
-the hash of its weights, or the standard Inception network. Writes metrics.json, table.md, plot.png, neighbours.png and, for a
-student, residual.png into --out.
+Protocol: samples of the EMA weights, rounded to 8 bits, with classes in equal shares, are compared with the whole training split.
+For your own images without --held-out that is nine tenths, and the floor is the rest, which was trained on. Precision and recall
+use as many training images as samples. Every number's name says its feature space: a classifier of the data set, with the hash of
+its weights, or the standard Inception network. Writes metrics.json, table.md, plot.png, neighbours.png and, for a student,
+residual.png into --out.
 """
 
 import hashlib

@@ -1,9 +1,9 @@
-"""A student as one file for other programs: ONNX, or an exported PyTorch program. Checked against the network before it is kept.
+"""Export a student as one file for other programs: ONNX, or a PyTorch program. It is compared with the network before it is kept.
 
     python export.py checkpoints/student-mnist.safetensors mnist.onnx                       noise and label in, image out, in one step
     python export.py checkpoints/student-mnist.safetensors mnist.onnx --num-steps 4 --half True         four steps, weights in float16
     python export.py checkpoints/student-mnist.safetensors step.onnx --form step            z, r, t and label in, z_r out
-    python export.py checkpoints/student-mnist.safetensors mnist.onnx --guidance-input True             noise, label and guidance in
+    python export.py checkpoints/student-mnist.safetensors mnist.onnx --guidance-input True             noise, label and guidance scale in
     python export.py checkpoints/student-mnist.safetensors mnist.pt2                        torch.export.load("mnist.pt2").module()
 """
 

@@ -1,12 +1,12 @@
-"""Make a teacher of another project's flow-matching transformer: weights in the layout of DiT's or SiT's state dict.
+"""Import another project's flow-matching transformer as a teacher: weights in the layout of DiT's or SiT's state dict.
 
     python import_teacher.py SiT-XL-2-256.pt sit.safetensors --time-direction data-at-one --data latents/imagenet       SiT
     python import_teacher.py repa.pt repa.safetensors --time-direction noise-at-one --ignore projectors --data latents/imagenet       REPA
     python import_teacher.py mine.safetensors mine-teacher.safetensors --time-direction noise-at-one --time-scale 1000 --num-heads 6
 
-Then python train_student.py --teacher sit.safetensors --data ... Sizes, classes and learn_sigma are read from the weights. What
-they cannot show is the direction of time, and a wrong one gives noise: look at python sample.py sit.safetensors first.
-The weights must predict a velocity along the straight path from data to noise; a noise-predicting DiT is no teacher here.
+Then train with python train_student.py --teacher sit.safetensors --data ... Sizes, classes and learn_sigma are read from the weights.
+The direction of time cannot be read from them, and a wrong one gives noise: look at samples first (python sample.py sit.safetensors).
+The weights must predict a velocity along the straight path from data to noise; a DiT that predicts noise cannot be used.
 """
 
 import hashlib

@@ -1,12 +1,12 @@
-"""Latents of your own images, so that a network can learn large ones: 256 x 256 pixels become 32 x 32 x 4 values.
+"""Encode your own images as latents, so that a network can learn large images: 256 x 256 pixels become 32 x 32 x 4 values.
 
     python prepare_latents.py photos latents/photos                         256 pixels, with a Stable Diffusion autoencoder
     python train_teacher.py --data latents/photos --model DiT-B/2           trains on them; samples are decoded
     torchrun --nproc-per-node=8 prepare_latents.py imagenet/train latents/imagenet          eight GPUs, every eighth shard each
 
-Needs the package diffusers: uv sync --group latents, or pip install diffusers. The same command goes on where it was
-stopped: shards that are there are kept, missing and torn ones are written. An image that cannot be read stops it: repair or
-replace it under the same name, and go on.
+Needs the package diffusers: uv sync --group latents, or pip install diffusers. Repeat the command to continue after a stop: whole
+shards are kept, missing and torn ones are written. An image that cannot be read stops the program: repair or replace it under
+the same name, and repeat the command.
 """
 
 from collections.abc import Sequence

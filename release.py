@@ -1,4 +1,4 @@
-"""Make what is released from a run: its EMA weights in bfloat16, as one file or as a folder for the Hugging Face Hub.
+"""Release a run: write its EMA weights in bfloat16, as one file or as a folder for the Hugging Face Hub.
 
     python release.py results/student-mnist checkpoints/student-mnist.safetensors
     python release.py results/student-mnist hub/mnist --evaluation results/evaluation-student-mnist

@@ -1,9 +1,9 @@
-"""The judge that evaluate.py measures with: a classifier of the data set's own training split, then frozen.
+"""Train the judge that evaluate.py measures with: a classifier of the data set's own training split, then frozen.
 
-    python train_classifier.py --data mnist --out mine.safetensors                          what made the released one of MNIST
+    python train_classifier.py --data mnist --out mine.safetensors                          how the released judge of MNIST was made
     python train_classifier.py --data photos --held-out photos-test --image-size 64         for your own class folders
 
-Numbers of two judges cannot be compared. The released ones are frozen, and evaluate.py names the one it used by its hash.
+Numbers from two judges cannot be compared. The released judges stay as they are, and evaluate.py names the judge it used by its hash.
 """
 
 import math

@@ -1,11 +1,12 @@
-"""Stage 2 on CIFAR-10 or your own images: a few-step student u(z, r, t, y) by SplitMeanFlow (arXiv 2507.16884).
+"""Stage 2 on CIFAR-10 or your own images: train a few-step student u(z, r, t, y) by SplitMeanFlow (arXiv 2507.16884).
 
     python train_student.py                             from the newest CIFAR-10 teacher in results/
     python train_student.py --data photos.zip --image-size 64           from the newest teacher of these images
-    python train_student.py --guidance-range 1 3        told its guidance, which is then chosen when it samples
+    python train_student.py --guidance-range 1 3        takes the guidance scale, chosen when it samples, as an input
     python train_student.py --first-leg self --lam-law uniform --adaptive-power 0 --edge-weight 0        Algorithm 1's legs, lam and loss
 
-The teacher's guidance is learned by the student, which samples in 1, 2 or 4 evaluations whatever it is.
+The student learns its teacher's guidance, so it samples in 1, 2 or 4 evaluations whatever the scale.
+docs/method.md explains targets, their legs and lam.
 """
 
 import math

@@ -1,11 +1,11 @@
-"""Stage 1 on CIFAR-10 or your own images: a flow-matching teacher v(z, t, y), with labels dropped so that it can be guided.
+"""Stage 1 on CIFAR-10 or your own images: train a flow-matching teacher v(z, t, y). Some labels are dropped so that it can be guided.
 
     python train_teacher.py                             CIFAR-10, one GPU
     python train_teacher.py --data photos.zip --image-size 64           a folder or zip of images, in class folders or not
-    python train_teacher.py --data latents/photos       large images, as prepare_latents.py encoded them
+    python train_teacher.py --data latents/photos       large images, encoded by prepare_latents.py
     torchrun --nproc-per-node=8 train_teacher.py        eight GPUs, the same global batch
 
-Everything goes to results/<name>/. The same command continues a run that was stopped.
+Everything is written to results/<name>/. Repeat the command to continue a run that was stopped.
 """
 
 import math

@@ -1,10 +1,10 @@
-"""Stage 1 on MNIST: a flow-matching teacher v(z, t, y), with labels dropped so that it can be guided.
+"""Stage 1 on MNIST: train a flow-matching teacher v(z, t, y). Some labels are dropped so that it can be guided.
 
     python train_teacher_mnist.py                       MNIST, one GPU
     python train_teacher_mnist.py --data digits         small digits inside scikit-learn: no download, a minute on a CPU
     torchrun --nproc-per-node=8 train_teacher_mnist.py  eight GPUs, the same global batch
 
-Everything goes to results/<name>/. The same command continues a run that was stopped.
+Everything is written to results/<name>/. Repeat the command to continue a run that was stopped.
 """
 
 import math

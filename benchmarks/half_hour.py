@@ -1,11 +1,11 @@
-"""The half-hour run: a teacher and its student from scratch, then their numbers, once for each seed, on one GPU each.
+"""The half-hour run: train a teacher and its student from scratch, then measure the student, once for each seed, on one GPU each.
 
     python -m benchmarks.half_hour                                    the defaults, seeds 0 and 1
     python -m benchmarks.half_hour --name small --seeds 0 --teacher-flags="--model DiT-Ti/2 --steps 45000" --student-flags="--steps 16000"
-    python -m benchmarks.half_hour --name uniform --seeds 0 --teacher TEACHER --student-flags="--t-law uniform"     of a given teacher
+    python -m benchmarks.half_hour --name uniform --seeds 0 --teacher TEACHER --student-flags="--t-law uniform"     with a given teacher
 
-The same command goes on: a run that is finished is left alone, one that was stopped continues. Each seed's row of <out> (JSON lines)
-has the commands, the time from their start to their end, the largest rise of a gradient norm, and what evaluate.py measured.
+Repeat the command to continue: finished runs are left alone, stopped ones go on. Each seed's row of --out (JSON lines) has the
+commands, the time from their start to their end, the largest rise of a gradient norm, and what evaluate.py measured.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The page's models: each student as an ONNX step with float16 weights, and a list of them.
+"""Make the demo page's models: each student as an ONNX step with float16 weights, and a list of them.
 
     python -m demo.prepare                                              every released student
     python -m demo.prepare results/student-photos                       one of your own

@@ -1,6 +1,6 @@
-"""The judge: a small convolutional network whose features and decisions measure samples. Never part of generation.
+"""The judge: a small convolutional network that measures samples by its features and decisions. It takes no part in generation.
 
-Layout and whitening first layer after Jordan (2024, "94% on CIFAR-10 in 3.29 seconds on a single GPU", arXiv 2404.00498).
+The layout and the whitening first layer follow Jordan (2024, "94% on CIFAR-10 in 3.29 seconds on a single GPU", arXiv 2404.00498).
 """
 
 import torch

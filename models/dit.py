@@ -1,7 +1,7 @@
 """The network: one diffusion transformer for teacher and student.
 
 The layout follows DiT (Peebles & Xie, arXiv 2212.09748: adaLN-Zero blocks), with RMSNorm, normalised queries and keys,
-axial rotary embedding beside a learned position table, and an adaLN of low rank (see `Modulation`).
+axial rotary embedding beside a learned position table, and a low-rank adaLN (see `Modulation`).
 """
 
 from collections.abc import Sequence
@@ -40,20 +40,20 @@ PRESETS = {
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """RMSNorm over the last dimension, without gain: adaLN supplies the scale. Autocast computes it in float32; same dtype out."""
+    """RMSNorm over the last dimension, without gain: adaLN supplies the scale. Autocast computes it in float32; returns x's dtype."""
     return F.rms_norm(x, x.shape[-1:], eps=1e-6).to(x.dtype)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x: (B, T, D); shift and scale: (B, D)."""
+    """Scale and shift x (B, T, D); shift and scale: (B, D)."""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
 class Modulation(nn.Module):
     """adaLN: shifts, scales and gates from the condition, through a bottleneck of `rank` channels.
 
-    DiT's full matrix (width x 6 width in each block) holds a third of all parameters; with rank = width / 8 it is a
-    fourteenth.
+    DiT's full matrix (width x 6 width in each block) holds a third of all parameters. With rank = width / 8 the bottleneck
+    holds a fourteenth.
     """
 
     def __init__(self, width: int, num_outputs: int, rank: int):
@@ -68,14 +68,14 @@ class Modulation(nn.Module):
 
 
 def normalised_heads(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys (both RMS-normalised, then rotated) and values of each head, (B, heads, T, hd), from qkv (B, T, 3 D)."""
+    """Queries and keys, RMS-normalised and then rotated, and values of each head, (B, heads, T, hd), from qkv (B, T, 3 D)."""
     q, k, v = (rearrange(part, "b t (h d) -> b t h d", h=num_heads) for part in qkv.chunk(3, dim=-1))
     q, k = rotate(rms_norm(q), cos, sin), rotate(rms_norm(k), cos, sin)             # (B, T, heads, hd)
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 def attend(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
-    """qkv: (B, T, 3 D); cos, sin: (T, hd/2). Returns (B, T, D)."""
+    """Attention of all heads. qkv: (B, T, 3 D); cos, sin: (T, hd/2). Returns (B, T, D)."""
     return rearrange(F.scaled_dot_product_attention(*normalised_heads(qkv, cos, sin, num_heads)), "b h t d -> b t (h d)")
 
 
@@ -95,7 +95,7 @@ class Attention(nn.Module):
 
 
 class SquaredReLU(torch.autograd.Function):
-    """relu(x)^2, any shape, whose derivative 2 relu(x) is read off the result instead of the input."""
+    """relu(x)^2, any shape, whose derivative 2 relu(x) is computed from the result instead of the input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -112,8 +112,8 @@ class SquaredReLU(torch.autograd.Function):
 def squared_relu(x: Tensor) -> Tensor:
     """relu(x)^2, any shape (So et al., arXiv 2109.08668).
 
-    The linear layer behind it keeps the result for its own backward pass. Compiled, the input need then not be kept too,
-    a fifth of a block's activations; eagerly, the plain product also has the forward derivatives of a JVP.
+    The linear layer after it keeps the result for its own backward pass. When compiled, the input, a fifth of a block's activations,
+    need not be kept too. Without compilation the plain product also has the forward derivatives of a JVP.
     """
     if torch.compiler.is_dynamo_compiling():
         return SquaredReLU.apply(x)
@@ -138,7 +138,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each with adaLN-Zero: a closed gate at the start makes the block the identity."""
+    """Attention and MLP, each with adaLN-Zero: the gates are closed at first, so the block starts as the identity."""
 
     def __init__(self, width: int, num_heads: int, modulation_rank: int):
         super().__init__()
@@ -154,7 +154,7 @@ class Block(nn.Module):
 
 
 class Final(nn.Module):
-    """Last adaLN, and from each patch's channels to its pixels."""
+    """The last adaLN, and a linear layer from each patch's channels to its pixels."""
 
     def __init__(self, width: int, num_outputs: int, modulation_rank: int):
         super().__init__()
@@ -174,14 +174,14 @@ class DiT(Transformer):
         image_size: side of the square images, divisible by the patch size.
         num_channels: channels of the images.
         num_classes: number of classes; 0 for an unconditional network. Label `num_classes` (`null_class`) means "no class".
-        interval: a student's network, which sees the interval t - r. A teacher's (False) has no such input and is only
-            ever called at r = t.
+        interval: True for a student, which has the interval t - r as an input. A teacher (False) has no such input
+            and is only called at r = t.
         modulation_rank: rank of adaLN; None for width / 8.
-        augment_dim: how many numbers say what was done to a training image; see `utils.augmentation`. A teacher's; 0 for none.
-        extra_blocks: how many blocks a student has more than the preset, its teacher's; see `models.student_from_teacher`.
-        input_skip: whether a student's output gets a share of its input; see `models.transformer.InputSkip`.
-        guidance_range: least and greatest guidance scale of a student that is told it; None for one that learned a single scale.
-        guidance_scale: what it is told where nothing is said.
+        augment_dim: of a teacher, how many numbers say what was done to a training image; see `utils.augmentation`. 0 for none.
+        extra_blocks: blocks that a student has beyond its teacher's preset; see `models.student_from_teacher`.
+        input_skip: whether a share of a student's input is added to its output; see `models.transformer.InputSkip`.
+        guidance_range: lowest and highest guidance scale of a student that takes it as an input; None for a single scale.
+        guidance_scale: default scale of such a student.
 
     Raises:
         ValueError: an unknown preset, a size that the patch does not divide, a negative count, or a guidance scale out of its range.
@@ -243,14 +243,14 @@ class DiT(Transformer):
 
     def forward(self, z: Tensor, r: Tensor, t: Tensor, y: Tensor, augment_labels: Tensor | None = None,
                 guidance_scale: Tensor | None = None) -> Tensor:
-        """Average velocity over [r, t] of the trajectory that is at z at time t; z_r = z - (t - r) u.
+        """Average velocity over [r, t] of the trajectory that passes z at time t; z_r = z - (t - r) u.
 
         Args:
             z: images at time t, (B, C, H, W).
             r, t: ends of the interval, (B,), 0 <= r <= t <= 1; 0 is data, 1 is noise.
             y: class labels, (B,) long, 0 to num_classes; num_classes means "no class".
             augment_labels: what was done to the images of a training batch, (B, augment_dim); None for nothing.
-            guidance_scale: of a student that is told it, (B,), within its range; None for the network's own.
+            guidance_scale: of a student that takes it, (B,), within its range; None for its default.
 
         Returns:
             (B, C, H, W), float32.
@@ -263,13 +263,13 @@ class DiT(Transformer):
         return u if self.input_skip is None else u + self.input_skip(z, c)
 
     def tokens(self, z: Tensor) -> Tensor:
-        """The patches of z, embedded at their places: (B, C, H, W) to (B, T, D)."""
+        """The patches of z, embedded with their positions: (B, C, H, W) to (B, T, D)."""
         x = self.patch_embed(rearrange(z, "b c (h p) (w q) -> b (h w) (p q c)", p=self.patch_size, q=self.patch_size))
         return x + self.position.to(x.dtype)
 
     def condition(self, r: Tensor, t: Tensor, y: Tensor, augment_labels: Tensor | None = None,
                   guidance_scale: Tensor | None = None) -> Tensor:
-        """What each block is told besides, (B, D); arguments as in `forward`."""
+        """The condition of each block, (B, D); arguments as in `forward`."""
         c = self.time_embed(t) + self.label_embed(y)
         if self.interval_embed is not None:
             c = c + self.interval_embed(t - r)

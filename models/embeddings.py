@@ -1,4 +1,4 @@
-"""What a DiT is told besides the image: the time, the interval length, the guidance, the class and where each patch lies."""
+"""What a DiT is given besides the image: time, interval length, guidance scale, class, and the position of each patch."""
 
 import math
 
@@ -18,7 +18,7 @@ def sinusoid(t: Tensor, num_features: int, highest_frequency: float = HIGHEST_FR
     Args:
         t: times, interval lengths or inverse guidance scales in [0, 1], (B,).
         num_features: size of the result, even.
-        highest_frequency: of the fastest feature, in rad; the slowest has `LOWEST_FREQUENCY`.
+        highest_frequency: angular frequency of the fastest feature, in rad; the slowest has `LOWEST_FREQUENCY`.
 
     Returns:
         (B, num_features), values in [-1, 1].
@@ -30,7 +30,7 @@ def sinusoid(t: Tensor, num_features: int, highest_frequency: float = HIGHEST_FR
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoid followed by a two-layer MLP; used for the time t and, in a student, for the interval t - r and 1 / guidance scale."""
+    """A sinusoid and a two-layer MLP, for the time t and, in a student, for the interval t - r and 1 / guidance scale."""
 
     def __init__(self, width: int, num_features: int = 256, highest_frequency: float = HIGHEST_FREQUENCY):
         super().__init__()
@@ -45,7 +45,7 @@ class TimeEmbedding(nn.Module):
 
 
 def rotary_table(grid_size: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the axial 2-D rotary embedding (Su et al., arXiv 2104.09864, one half of the pairs per axis).
+    """Cosines and sines of the axial 2-D rotary embedding (Su et al., arXiv 2104.09864), half of the pairs for each axis.
 
     Args:
         grid_size: patches along one side of the square image.

@@ -1,6 +1,6 @@
-"""Weights of other projects, brought into our names: the layout of DiT's and SiT's published state dicts.
+"""Translate the weights of other projects, in the layout of DiT's and SiT's published state dicts, to our names.
 
-`read_shapes` says which network a state dict belongs to, `translate` gives that network's weights. Both are strict: every
+`read_shapes` finds the network that a state dict belongs to, and `translate` returns its weights. Both are strict: every
 tensor of the state dict is used, or named in an error.
 """
 

@@ -1,4 +1,4 @@
-"""Which parts of a network our own kernels take over, on a GPU that they were made for."""
+"""Which parts of a network are computed by our own kernels, on the GPUs that they were made for."""
 
 from torch import nn
 

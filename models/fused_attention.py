@@ -1,9 +1,9 @@
 """The backward pass of self-attention over the patches of an image, from the heads' results to the projection's output, in one kernel.
 
-PyTorch's takes three and needs two more for the rotation and RMSNorm of queries and keys, each with a pass over memory. An image
-has few patches (256 at most here), so one program holds all queries of a head, and nothing is summed across programs.
-The forward pass is PyTorch's. Triton: imported only where there is a GPU. `models.dit.attend` is the same in plain operations, and
-tests hold the two equal.
+PyTorch's backward pass takes three kernels, and two more for the rotation and RMSNorm of queries and keys, each with a pass over
+memory. An image has few patches (256 at most here), so one program holds all queries of a head, and nothing is summed across
+programs. The forward pass is PyTorch's. Needs Triton, so it is imported only where there is a GPU. `models.dit.attend` is the same
+in plain operations, and tests hold the two equal.
 
 (probabilities recomputed from each softmax's sum, tile by tile: FlashAttention, Dao et al., arXiv 2205.14135)
 """

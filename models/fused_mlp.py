@@ -1,8 +1,8 @@
 """The MLP of a block, relu(x W_in^T)^2 W_out^T, with the squared ReLU inside the matrix products.
 
-Compiled, the activation and its gradient are kernels of their own, which read and write the widest tensors of the network once
-more. Here both happen while a product's tile is still in registers. Triton, for GPUs that copy tiles by themselves (Hopper and
-later): imported only there. `models.dit.two_products` is the same in plain operations, and tests hold the two equal.
+With torch.compile the activation and its gradient are kernels of their own, which read and write the widest tensors of the network
+once more. Here both are computed while a product's tile is still in registers. Needs Triton and GPUs that copy tiles by themselves
+(Hopper and later); imported only there. `models.dit.two_products` is the same in plain operations, and tests hold the two equal.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Networks as the Hugging Face Hub holds them: a folder with config.json, model.safetensors and a model card."""
+"""Networks in the form of the Hugging Face Hub: a folder with config.json, model.safetensors and a model card."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Self

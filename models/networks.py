@@ -1,4 +1,4 @@
-"""Networks by name: what a checkpoint's architecture stands for, and from a teacher to its student."""
+"""Build the network that a checkpoint's architecture describes, and a student from its teacher."""
 
 import json
 from collections.abc import Sequence

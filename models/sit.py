@@ -1,11 +1,11 @@
 """The network of other projects' flow-matching teachers: the plain transformer of DiT (Peebles & Xie, arXiv 2212.09748) and
-SiT (Ma et al., arXiv 2401.08740), whose weights `models.foreign` brings into our names.
+SiT (Ma et al., arXiv 2401.08740), whose weights `models.foreign` translates to our names.
 
-It differs from `models.dit`: LayerNorm, biases everywhere, a fixed sin-cos position table and no rotation, a full matrix for
-each adaLN. Written from the papers and from the shapes and order of published weights.
+Unlike `models.dit` it has LayerNorm, biases everywhere, a fixed sin-cos position table without rotation, and a full matrix for
+each adaLN. It was written from the papers and from the shapes and order of published weights.
 
-Such networks count time in their own way. Everything outside this file sees ours (t = 0 is data, dz/dt points to the noise);
-only `SiT.forward` translates, by two facts that are part of the architecture:
+Such networks have their own convention of time. Everything outside this file uses ours (t = 0 is data, dz/dt points to the noise).
+Only `SiT.forward` translates, by two values that are part of the architecture:
 
     time_direction   "data-at-one"     their time is 1 - t, their velocity is data - noise: ours negated   (SiT)
                      "noise-at-one"    their time is t, their velocity is noise - data: ours               (REPA, Stable Diffusion 3)

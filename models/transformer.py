@@ -1,5 +1,5 @@
-"""What the networks here have in common: like blocks in a row, a velocity that is the average over an empty interval, and guidance that
-a student may be told."""
+"""What the networks here share: a row of blocks of one kind, a velocity that is the average over an empty interval, and a guidance scale
+that a student may take as an input."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ FUSED_ON = [(9, 0)]                                         # compute capabiliti
 
 
 class Stack(nn.Module):
-    """Some blocks in a row, which torch.compile sees as one graph."""
+    """Several blocks in a row, which torch.compile sees as one graph."""
 
     def __init__(self, blocks: Sequence[nn.Module]):
         super().__init__()
@@ -29,10 +29,10 @@ class Stack(nn.Module):
 
 
 class InputSkip(nn.Module):
-    """What a student's output gets besides: of each channel of its input a share, which the condition chooses and which is none at first.
+    """What is added to a student's output: a share of each channel of its input. The condition chooses the shares, which are 0 at first.
 
-    One step subtracts nearly all of its input, white noise, and a hundredth left over shows; without this path the blocks must carry
-    every value. (c_skip of Karras et al., arXiv 2206.00364, learned.)
+    One step subtracts nearly all of its input, white noise, and a hundredth of it left over shows. Without this path the blocks must
+    carry every value. (c_skip of Karras et al., arXiv 2206.00364, learned.)
     """
 
     def __init__(self, width: int, num_channels: int):
@@ -46,7 +46,7 @@ class InputSkip(nn.Module):
 
 
 class Transformer(nn.Module, HubModel):
-    """A network u(z, r, t, y) whose work is done by `blocks`, alike, and a `final` layer."""
+    """A network u(z, r, t, y) whose work is done by `blocks`, all of one kind, and a `final` layer."""
 
     blocks: nn.ModuleList
     final: nn.Module
@@ -54,21 +54,21 @@ class Transformer(nn.Module, HubModel):
     guidance_range: tuple[float, float] | None = None       # of a student that is told its guidance; None for others
 
     def through_blocks(self, x: Tensor, *condition: Tensor) -> Tensor:
-        """x: (B, T, D); condition: what each block is given besides. Returns (B, T, D)."""
+        """x: (B, T, D); condition: the other arguments of each block. Returns (B, T, D)."""
         for part in self.stacks or self.blocks:
             x = part(x, *condition)
         return x
 
     @property
     def layers(self) -> list[nn.Module]:
-        """Nearly all of the work, in pieces that are split among processes one by one."""
+        """The layers that do nearly all of the work; each is split among processes by itself."""
         return [*self.blocks, self.final]
 
     def compile_blocks(self, at_once: int = 4) -> None:
-        """torch.compile the layers, `at_once` blocks as one graph, which the others share: twelve compile as fast as four.
+        """torch.compile the layers, `at_once` blocks as one graph that the other blocks share: twelve compile as fast as four.
 
-        One by one they start sooner; together the end of a block and the start of the next become one kernel. Blocks that
-        are split among processes are compiled one by one, because the gathering of each one's weights ends a graph.
+        Blocks compiled one by one start sooner; together, the end of one and the start of the next become one kernel. Blocks that
+        are split among processes are compiled one by one, because gathering their weights ends a graph.
         """
         from torch.distributed.fsdp import FSDPModule  # slow to import, and sampling needs none
 
@@ -85,7 +85,7 @@ class Transformer(nn.Module, HubModel):
             part.compile(dynamic=False)
 
     def add_student_parts(self, extra_blocks: int, input_skip: bool, width: int, num_channels: int) -> dict[str, Any]:
-        """Give a student the share of its input, if it has one, and check its extra blocks. For constructors, which make the blocks.
+        """Make a student's `InputSkip`, if it has one, and check its extra blocks. For constructors, which make the blocks.
 
         Returns:
             What to add to the architecture.
@@ -101,10 +101,10 @@ class Transformer(nn.Module, HubModel):
         return {**({"extra_blocks": extra_blocks} if extra_blocks else {}), **({"input_skip": True} if input_skip else {})}
 
     def spread_blocks(self, weights: Mapping[str, Tensor], depth: int) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-        """Where the weights of a network of like blocks, `depth` of them, as many or fewer, go in this one: evenly spread, in their order.
+        """Spread the weights of a network of `depth` such blocks, no more than here, over this one: evenly, in their order.
 
         Returns:
-            The weights by the names that they have here, and how the names of the blocks in between begin, for which there are none.
+            The weights by their names here, and the prefixes of the names of the blocks in between, which get none.
         """
         places = [-(-(i + 1) * len(self.blocks) // depth) - 1 for i in range(depth)]        # of 3 for 2: the second and third
         renamed = {}
@@ -116,16 +116,16 @@ class Transformer(nn.Module, HubModel):
         return renamed, tuple(f"blocks.{i}." for i in range(len(self.blocks)) if i not in places)
 
     def hear_guidance(self, guidance_range: Sequence[float] | None, guidance_scale: float, width: int) -> dict[str, Any]:
-        """Give a student the input by which it is told its guidance, if there is a range to choose from. For constructors.
+        """Give a student an input for its guidance scale, if there is a range to choose from. For constructors.
 
         Args:
-            guidance_range: least and greatest scale, at least 1. guidance_scale: what it is told where nothing is said.
+            guidance_range: lowest and highest scale, at least 1. guidance_scale: the default.
 
         Returns:
             What to add to the architecture.
 
         Raises:
-            ValueError: no range, or a scale outside it.
+            ValueError: an invalid range, or a scale outside it.
         """
         self.guidance_embed = None
         if guidance_range is None:
@@ -138,12 +138,12 @@ class Transformer(nn.Module, HubModel):
         return {"guidance_range": [low, high], "guidance_scale": guidance_scale}
 
     def told_guidance(self, guidance_scale: Tensor | None, t: Tensor) -> Tensor | None:
-        """What to add to a condition, (B, D), if anything. guidance_scale: of each row, (B,), or None for the network's own; t: (B,).
+        """What to add to a condition, (B, D), if anything. guidance_scale: of each row, (B,), or None for the default; t: (B,).
 
-        Told is 1 / w, in (0, 1] as times are.
+        What is embedded is 1 / w, which lies in (0, 1] as times do.
 
         Raises:
-            ValueError: a scale, and the network is not told any.
+            ValueError: a scale is given to a network that takes none.
         """
         if self.guidance_embed is None:
             if guidance_scale is not None:
@@ -152,10 +152,10 @@ class Transformer(nn.Module, HubModel):
         return self.guidance_embed(1 / (torch.full_like(t, self.guidance_scale) if guidance_scale is None else guidance_scale))
 
     def at_guidance(self, guidance_scale: float | None) -> nn.Module:
-        """A student's u(z, r, t, y) guided by one scale; None: by its own.
+        """A student's u(z, r, t, y) at one guidance scale; None: at its own.
 
         Raises:
-            ValueError: a scale that it has not learned.
+            ValueError: the student has not learned this scale.
         """
         if guidance_scale is None:
             return self
@@ -167,12 +167,12 @@ class Transformer(nn.Module, HubModel):
         return AtGuidance(self, guidance_scale)
 
     def velocity(self, z: Tensor, t: Tensor, y: Tensor, **told: Tensor) -> Tensor:
-        """Instantaneous velocity v(z, t, y), which is u(z, t, t, y) by definition. Shapes, and what else may be told, as in `forward`."""
+        """Instantaneous velocity v(z, t, y), which is u(z, t, t, y) by definition. Shapes and further arguments as in `forward`."""
         return self(z, t, t, y, **told)
 
 
 class AtGuidance(nn.Module):
-    """A student's u(z, r, t, y) at one of the guidance scales that it is told."""
+    """A student's u(z, r, t, y) at one of the guidance scales that it learned."""
 
     def __init__(self, network: Transformer, guidance_scale: float):
         super().__init__()

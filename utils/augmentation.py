@@ -1,6 +1,7 @@
-"""Augmentation that does not leak: training images are moved, and the network is told how (Karras et al., arXiv 2206.00364, Sec. 5).
+"""Augmentation that does not leak into samples: training images are moved, and the network is told how
+(Karras et al., arXiv 2206.00364, Sec. 5).
 
-Told nothing, it makes images as the data are. So a teacher can learn from a small data set for much longer before it learns it by heart.
+Told that nothing was done, it makes images like the data. So a teacher can train on few images for much longer before it memorises them.
 """
 
 import math

@@ -1,6 +1,6 @@
 """From images to latents and back, through a frozen autoencoder of diffusers.
 
-Whoever draws samples calls `decode`, whether the network's images are pixels (`NoAutoencoder`) or latents (`Autoencoder`).
+Code that draws samples always calls `decode`, whether the network makes pixels (`NoAutoencoder`) or latents (`Autoencoder`).
 """
 
 from typing import Any, Self

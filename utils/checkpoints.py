@@ -1,12 +1,12 @@
 """What a checkpoint holds, and how it survives a crash.
 
     checkpoints/step_00001000/
-        ema.safetensors         averaged weights: what is sampled, evaluated, released, and taught by
+        ema.safetensors         averaged weights, which are sampled, evaluated, released, and taught by
         raw.safetensors         the weights being trained
         training.pt             optimizer and counters
 
 A safetensors file carries the network's architecture and the run's config in its metadata, so one file is enough to
-rebuild the network. A checkpoint is written into a hidden folder, flushed, and renamed: it is there whole or not at all.
+rebuild the network. A checkpoint is written into a hidden folder, flushed, and renamed, so it exists whole or not at all.
 Nothing here unpickles arbitrary objects.
 """
 

@@ -1,7 +1,7 @@
-"""From a frozen dataclass to a command line and back to JSON.
+"""From a frozen dataclass to a command line, and to JSON.
 
-A script's Config holds its flags: the field's name is the flag, its comment the help text, its default the published
-recipe. `utils/recipes.py` says what differs for another data set, so `--data digits --help` shows that recipe.
+A script's Config holds its flags: a field's name is the flag, its comment the help text, and its default the published
+recipe. `utils/recipes.py` holds what differs for other data sets, so `--data digits --help` shows the recipe of digits.
 """
 
 import argparse

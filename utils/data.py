@@ -28,8 +28,8 @@ PATH_SIZE = 32                                              # side of images of 
 class Images:
     """A data set in memory.
 
-    pixels: (N, C, H, H) uint8. labels: (N,) long. classes: their names; none for an unconditional set, whose labels are
-    all 0, which is then the null class. flip: whether an image's mirror image is one of its kind too.
+    pixels: (N, C, H, H) uint8. labels: (N,) long. classes: their names; empty for an unconditional set, whose labels are
+    all 0, which is then the null class. flip: whether an image's mirror image belongs to the data too.
     """
 
     name: str
@@ -55,16 +55,16 @@ class Images:
         return self.pixels.nbytes
 
     def fingerprint(self) -> str:
-        """Of all pixels and labels, in order; a quarter of a second for CIFAR-10."""
+        """Hash of all pixels and labels, in order; takes a quarter of a second for CIFAR-10."""
         return fingerprint(self.pixels, self.labels)
 
     def on(self, home: torch.device) -> Tensor:
-        """All values where they are to live; to be indexed by a tensor."""
+        """All values on the device `home`, to be indexed by a tensor."""
         return self.pixels.to(home)
 
     @staticmethod
     def x(values: Tensor, mirrored: Tensor | None) -> Tensor:
-        """What the network sees (B, C, H, H), float in [-1, 1], from uint8 values; mirrored: (B,) bool, or None for none."""
+        """What the network sees, float (B, C, H, H) in [-1, 1], from uint8 values. mirrored: (B,) bool, or None for no image."""
         x = to_range(values)
         return x if mirrored is None else torch.where(mirrored[:, None, None, None], x.flip(-1), x)
 
@@ -75,7 +75,7 @@ def to_range(pixels: Tensor) -> Tensor:
 
 
 def to_pixels(x: Tensor) -> Tensor:
-    """Float, clipped to [-1, 1], to uint8 0..255, rounded to the nearest."""
+    """Float to uint8 0..255: clipped to [-1, 1] and rounded to the nearest."""
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
@@ -88,10 +88,10 @@ def load_digits() -> tuple[Tensor, Tensor]:
 
 
 def load_torchvision(name: str, root: str, train: bool = True) -> tuple[Tensor, Tensor, list[str]]:
-    """MNIST or CIFAR-10, training or test split, downloaded to `root` if it is not there.
+    """MNIST or CIFAR-10, training or test split, downloaded to `root` if missing.
 
     Raises:
-        ValueError: it is not there and cannot be downloaded.
+        ValueError: it is missing and cannot be downloaded.
     """
     import torchvision  # as slow to import as PyTorch itself, and few scripts need it
 
@@ -110,7 +110,7 @@ def load_torchvision(name: str, root: str, train: bool = True) -> tuple[Tensor, 
 
 
 def resize(pixels: Tensor, size: int) -> Tensor:
-    """Square uint8 images (N, C, H, H) to side `size`."""
+    """Resize square uint8 images (N, C, H, H) to side `size`."""
     if pixels.shape[-1] == size:
         return pixels
     return torch.cat([to_pixels(F.interpolate(to_range(part), size, mode="bicubic", antialias=True)) for part in pixels.split(1024)])
@@ -123,14 +123,14 @@ def load_images(data: str, data_root: str = "data", image_size: int | None = Non
 
     Args:
         data: "mnist", "cifar10", "digits", or a folder or zip of images; see `utils.folders`.
-        data_root: for mnist and cifar10.
-        image_size: side to resize to; None keeps a named set's own size and means 32 for a path.
+        data_root: folder of mnist and cifar10.
+        image_size: side to resize to. None keeps a named set's own size, and means 32 for a path.
         num_channels: 3 gives gray images three equal channels; None leaves them one.
-        check: gets the class names before any image of a path is decoded, to raise if they are not what is needed.
-        flag: what the data set was given as, for the errors.
+        check: called with the class names before any image of a path is decoded; raises if they are not what is needed.
+        flag: the flag that named the data set, for the errors.
 
     Raises:
-        ValueError: unknown name, no images, an unreadable image, no network; latents.
+        ValueError: an unknown name, no images, an unreadable image, no network, or latents.
     """
     if is_latents(Path(data)):
         raise ValueError(f"{flag} {data} holds latents, and here images are needed; these are made from {originals(data)}")
@@ -155,7 +155,7 @@ def load_data(data: str, data_root: str = "data", image_size: int | None = None,
     """What a training script learns from: images as `load_images` reads them, or the folder of prepare_latents.py.
 
     Raises:
-        ValueError: as there, or as `check_guidance`.
+        ValueError: as by `load_images` and `check_guidance`.
     """
     check = partial(check_guidance, guidance_scales)
     if not is_latents(Path(data)):
@@ -166,7 +166,7 @@ def load_data(data: str, data_root: str = "data", image_size: int | None = None,
 
 
 def hash_order(images: Images) -> Tensor:
-    """Indices (N,) of the images in the order of a hash of their pixels: as good as random, whatever the order of the files."""
+    """Indices (N,) that sort the images by a hash of their pixels: as good as random, whatever the order of the files."""
     hashes = [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images.pixels.numpy()]
     labels = images.labels.tolist()
     return torch.tensor(sorted(range(len(images)), key=lambda i: (hashes[i], labels[i])), dtype=torch.long)       # of none, too
@@ -176,12 +176,12 @@ def load_held_out(images: Images, path: str | None, data_root: str = "data", num
     """A training split and a held-out one of the same classes and size.
 
     Args:
-        images: what `load_images` gave; the training split of mnist and cifar10, all there is otherwise.
-        path: images of one's own to hold out. None: the test split of mnist and cifar10; otherwise a tenth of `images`,
-            which a hash of their pixels chooses, is taken out.
+        images: what `load_images` returned: the training split of mnist and cifar10, otherwise all images.
+        path: held-out images of the user. None: the test split of mnist and cifar10; otherwise a tenth of `images`, chosen by
+            a hash of their pixels, is taken out.
 
     Raises:
-        ValueError: the held-out images have other classes.
+        ValueError: the held-out images have other classes or another shape.
     """
     if path is not None:
         held_out = load_images(path, data_root, images.shape[-1], num_workers, images.shape[0], flag="--held-out")
@@ -198,7 +198,7 @@ def load_held_out(images: Images, path: str | None, data_root: str = "data", num
 
 
 def check_guidance(guidance_scales: tuple[float, ...], classes: list[str]) -> None:
-    """Raise ValueError if guidance (a scale other than 1) is asked for where there are no classes to guide to."""
+    """Raise ValueError if guidance (a scale other than 1) is asked for and there are no classes to guide to."""
     on = [scale for scale in guidance_scales if scale != 1]
     if on and len(classes) < 2:
         raise ValueError(f"--guidance-scale {on[0]}: guidance needs at least 2 classes, and the data have {len(classes)}; "
@@ -206,16 +206,16 @@ def check_guidance(guidance_scales: tuple[float, ...], classes: list[str]) -> No
 
 
 class Batches:
-    """Endless batches: `batches(step)` is the same for the same seed, whenever and by however many processes it is asked.
+    """Endless batches. The same seed gives the same `batches(step)`, whenever and by however many processes it is called.
 
-    The data set is shuffled anew each epoch; an epoch's last images share a batch with the next one's first. Images live
-    on the device if they take at most a quarter of its free memory, on the host otherwise.
+    The data set is shuffled anew each epoch, and an epoch's last images share a batch with the first of the next. Images live
+    on the device if they take at most a quarter of its free memory, otherwise on the host.
 
     Args:
-        flip: whether every other image, at random, is mirrored; None: as the images themselves say.
+        flip: whether to mirror half of the images, at random; None: as the data set's own `flip` says.
 
     Raises:
-        ValueError: a batch does not divide among the processes; latents without mirror images are to be mirrored.
+        ValueError: a batch does not divide among the processes, or latents without mirror images are to be mirrored.
     """
 
     def __init__(self, images: Images | Latents, global_batch_size: int, seed: int, ranks: Ranks, flip: bool | None = None):
@@ -230,7 +230,7 @@ class Batches:
         self.orders: dict[int, Tensor] = {}
 
     def order(self, epoch: int) -> Tensor:
-        """The shuffled indices of one epoch, (N,). Kept for the epochs of one batch at a time."""
+        """The shuffled indices of one epoch, (N,). Only those of one batch's epochs are kept at a time."""
         if epoch not in self.orders:
             shuffle = torch.Generator().manual_seed(fold(self.seed, "epoch", epoch))    # on the CPU: alike on every device
             self.orders[epoch] = torch.randperm(len(self.labels), generator=shuffle).to(self.home, non_blocking=True)

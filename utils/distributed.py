@@ -1,7 +1,7 @@
 """One process or many: `python train_teacher.py` and `torchrun --nproc-per-node=8 train_teacher.py` train alike.
 
-There is no DistributedDataParallel: each loss calls the network several times, which its hooks do not expect. Gradients
-are averaged by one all-reduce a step, in the open.
+DistributedDataParallel is not used, because each loss calls the network several times, which its hooks do not expect. The
+training loop averages the gradients itself, by one all-reduce per update.
 """
 
 import os

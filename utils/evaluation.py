@@ -1,4 +1,4 @@
-"""What evaluate.py and a training run measure: sets of samples beside the training split, and real held-out images as the floor."""
+"""What evaluate.py and a training run measure: sets of samples against the training split, with real held-out images as the floor."""
 
 import uuid
 from collections.abc import Callable

@@ -1,7 +1,7 @@
-"""The convention of this project, in code. Nobody else writes (1 - t) x + t eps.
+"""The convention of this project, in code. No other file writes (1 - t) x + t eps.
 
-t = 0 is data, t = 1 is noise. Sampling runs from t = 1 down to 0. Intervals are r <= s <= t, states are taken at the
-interval's end on the noise side, and z_r = z_t - (t - r) u(z_t, r, t, y). Times are float tensors (B,).
+t = 0 is data, t = 1 is noise. Sampling runs from t = 1 down to 0. Intervals are r <= s <= t, u takes the state at the
+interval's noise end t, and z_r = z_t - (t - r) u(z_t, r, t, y). Times are float tensors (B,).
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def pad_like(t: Tensor, z: Tensor) -> Tensor:
-    """View times (B,) as (B, 1, ..., 1), to multiply a batch shaped like z."""
+    """View times (B,) as (B, 1, ..., 1), so that they multiply a batch shaped like z."""
     return t.view(-1, *[1] * (z.dim() - 1))
 
 

@@ -1,4 +1,4 @@
-"""A user's own images: a class-folder tree, a folder without classes, or a zip of either; any format Pillow reads."""
+"""A user's own images: a tree of class folders, a folder without classes, or a zip of either, in any format that Pillow reads."""
 
 import io
 import os

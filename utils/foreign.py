@@ -1,4 +1,4 @@
-"""Reading the weight files of other projects; nothing in them is executed."""
+"""Read the weight files of other projects. Nothing in them is executed."""
 
 import argparse
 import pickle

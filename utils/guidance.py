@@ -1,5 +1,5 @@
-"""Classifier-free guidance (Ho & Salimans, arXiv 2207.12598). A teacher learns with labels dropped; its guided velocity
-is the student's target, and the student itself samples without guidance, of one scale or of the one that it is told."""
+"""Classifier-free guidance (Ho & Salimans, arXiv 2207.12598). A teacher is trained with labels dropped. Its guided velocity
+is the student's target, so the student needs no guidance when it samples: it learns one scale, or takes the scale as an input."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ def guided_velocity(v: Velocity, null_class: int, guidance_scale: float | Tensor
 
     Args:
         v: conditional velocity; the label `null_class` asks for the unconditional one.
-        guidance_scale: w; 1 is no guidance and costs one evaluation instead of two. A tensor: of each row, (B,).
+        guidance_scale: w; 1 means no guidance and costs one evaluation instead of two. A tensor (B,) has one for each row.
         interval: times [low, high] at which guidance acts (Kynkaanniemi et al., arXiv 2404.07724); elsewhere w = 1.
 
     Returns:
@@ -51,7 +51,7 @@ def guided_velocity(v: Velocity, null_class: int, guidance_scale: float | Tensor
 
 @dataclass(frozen=True)
 class GuidedLabels:
-    """Labels y (B,) long that each bring the guidance scale (B,) of their row. Where a loss takes labels it may be given these."""
+    """Labels y, (B,) long, with the guidance scale of each row, (B,). A loss may be given these in place of labels."""
 
     y: Tensor
     guidance_scale: Tensor
@@ -66,5 +66,5 @@ def told(u: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, Tensor, GuidedLa
 
 
 def guided_as_told(v: Velocity, null_class: int, interval: tuple[float, float]) -> Callable[[Tensor, Tensor, GuidedLabels], Tensor]:
-    """`guided_velocity`, by the scale that each row's label brings."""
+    """`guided_velocity` at the scale that comes with each row's label."""
     return lambda z, t, labels: guided_velocity(v, null_class, labels.guidance_scale, interval)(z, t, labels.y)

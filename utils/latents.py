@@ -1,9 +1,9 @@
-"""A data set as an autoencoder's latents: the folder that prepare_latents.py writes and the training scripts read.
+"""A data set of an autoencoder's latents: the folder that prepare_latents.py writes and the training scripts read.
 
     latents.json                what the folder holds; called preparing.json until every shard is there
     shard_00000.safetensors     latents (n, V, C, h, h) and labels (n,) of the first `shard_size` images; and so on
 
-V = 2: the latent of an image and that of its mirror image, which is not the mirrored latent. V = 1 without mirror images.
+V = 2: the latents of an image and of its mirror image, which is not the mirrored latent. V = 1: no mirror images.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Loss values gathered on the device: means for the log and the first non-finite step, with no wait in between."""
+"""Gather loss values on the device without waiting for it: means for the log, and the first step that was not finite."""
 
 import torch
 from torch import Tensor

@@ -1,7 +1,7 @@
-"""How far a set of images is from another, measured on features. Everything here is a function of features alone.
+"""How far one set of images is from another, measured on features. All metrics here are functions of features alone.
 
-The distances are torch-fidelity's, so that they are the field's own, to the last constant (Obukhov et al. 2020); ours is
-what it lacks: nearest neighbours in the training set, and checks of what goes in. Features are (N, D) float32 on the CPU.
+The distances are torch-fidelity's (Obukhov et al. 2020), so they are the field's own, to the last constant. Added here is
+what it lacks: nearest neighbours in the training set, and checks of the inputs. Features are (N, D) float32 on the CPU.
 """
 
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""The model card of a released folder, written from what the run itself recorded."""
+"""The model card of a released folder, written from what the run recorded."""
 
 import json
 import shlex

@@ -1,8 +1,8 @@
 """Muon for the matrices inside the blocks, AdamW for everything else.
 
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) replaces a matrix's momentum by the nearest
-semi-orthogonal matrix. `torch.optim.Muon` does it matrix by matrix; a DiT has dozens of a few shapes, so here equal shapes
-are stacked and every Newton-Schulz step is one batched product. A test holds the two equal.
+semi-orthogonal matrix. `torch.optim.Muon` does so for one matrix at a time. A DiT has dozens of matrices in a few shapes, so here those
+of equal shape are stacked, and every Newton-Schulz step is one batched product. A test holds the two equal.
 """
 
 from collections import defaultdict

@@ -1,6 +1,6 @@
-"""The best recipe known for each data set: what differs from one to the next. "path" stands for a user's own images.
+"""The best known recipe for each data set: the values that differ between data sets. "path" stands for a user's own images.
 
-`parse_config` lays these over a script's Config, so that `--data digits --help` shows what that data set will get.
+`parse_config` puts these in place of a Config's defaults, so `--data digits --help` shows what that data set will get.
 """
 
 TEACHER = {

@@ -1,7 +1,7 @@
-"""CUDA graphs: what the host launches kernel by kernel in one update is recorded once and replayed by a single launch.
+"""CUDA graphs: the kernels that the host launches one by one in an update are recorded once and replayed by a single launch.
 
-A host needs 20 to 70 ms to launch an update of a DiT-S from Python, whatever its batch; small networks, and the share of a batch that
-one of many GPUs has, would wait for it (benchmarks/README.md).
+A host needs 20 to 70 ms to launch an update of a DiT-S from Python, whatever the batch size. GPUs with a small network, or with a
+small share of a batch among many, would wait for it (benchmarks/README.md).
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """From noise at t = 1 to images at t = 0.
 
-Every sampler starts at z (B, C, H, W), standard Gaussian noise, and follows a falling grid of times; y is (B,) long. The
+Every sampler starts from z (B, C, H, W), standard Gaussian noise, and follows a falling grid of times; y is (B,) long. The
 result is (B, C, H, W), or with `trajectory=True` all states from noise to image, (num_steps + 1, B, C, H, W). Values lie
 near [-1, 1] and are not clipped.
 """
@@ -17,7 +17,7 @@ from utils.losses import AverageVelocity
 
 
 def time_grid(num_steps: int | Sequence[float]) -> list[float]:
-    """Times from 1 down to 0: equal steps for a count, or the given times, checked.
+    """Times from 1 down to 0: that many equal steps for a number, or the given times, checked.
 
     Raises:
         ValueError: fewer than one step, or times that do not fall strictly from 1 to 0.
@@ -49,8 +49,8 @@ def sample_velocity(v: Velocity, z: Tensor, y: Tensor, num_steps: int | Sequence
     """Solve the teacher's ODE dz/dt = v(z, t, y).
 
     Args:
-        method: "euler", n evaluations for n steps, first order; or "heun", second order, 2n - 1 evaluations: its last step is
-            Euler's, because at t = 0 images have no noise left to tell v, and half of the last step's noise would stay
+        method: "euler", first order, n evaluations for n steps; or "heun", second order, 2n - 1 evaluations. Heun's last step is
+            Euler's, because images at t = 0 have no noise left that tells v, and half of the last step's noise would stay
             (Karras et al., arXiv 2206.00364, Algorithm 1).
 
     Raises:
@@ -78,7 +78,7 @@ def sample_average_velocity(u: AverageVelocity, z: Tensor, y: Tensor, num_steps:
     """Take the student's steps z_r = z_t - (t - r) u(z_t, r, t, y): one network evaluation each.
 
     Args:
-        renoise: None follows the flow from t to r. A generator jumps from t to 0 instead and adds fresh noise up to r, as
+        renoise: None follows the flow from t to r. With a generator each step jumps from t to 0 and adds fresh noise up to r, as
             consistency models sample (arXiv 2303.01469, Algorithm 1).
     """
     def along_flow(z: Tensor, r: Tensor, t: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Randomness as a function of (seed, step): a run that stops and resumes draws what it would have drawn.
+"""Randomness as a function of (seed, step): a run that stops and resumes draws what it would have drawn without the stop.
 
 Each process draws for the whole global batch and keeps its own rows (`utils.distributed.Ranks.rows`), so the numbers
 depend neither on the number of processes nor on which one asks.

@@ -1,5 +1,5 @@
-"""Networks split among the processes by PyTorch's FSDP2, for models whose weights, gradients and optimizer state do not fit
-on one device. What is saved is whole, so a run may go on with any number of processes, split or not.
+"""Split networks among the processes by PyTorch's FSDP2, for models whose weights, gradients and optimizer state do not fit on one
+device. What is saved is whole, so a run may continue with any number of processes, split or not.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Draws of t, of intervals (r, t) and of the split lam; laws are written as text, such as "logit-normal(-0.6, 1.6)"."""
+"""Draws of t, of intervals (r, t) and of the split lam. Their laws (distributions) are texts such as "logit-normal(-0.6, 1.6)"."""
 
 import math
 import re
@@ -15,7 +15,7 @@ def parse_law(text: str, known: dict[str, int] = LAWS) -> tuple[str, tuple[float
     """Split "name(a, b)" into its name and numbers.
 
     Raises:
-        ValueError: the name is not in `known`, or the count of numbers is not the one given there.
+        ValueError: the name is not in `known`, or does not take so many numbers, or a number is out of range.
     """
     match = re.fullmatch(r"\s*([\w-]+)\s*(?:\(([^()]*)\))?\s*", text)
     name = match and match[1]
@@ -46,17 +46,17 @@ def draw_times(num: int, law: str, generator: Generator) -> Tensor:
 
 
 def draw_between(num: int, low: float, high: float, generator: Generator) -> Tensor:
-    """num independent values spread evenly over [low, high], float32 (num,)."""
+    """num independent values, uniform over [low, high], float32 (num,)."""
     return low + (high - low) * torch.rand(num, generator=generator, device=generator.device)
 
 
 def sampling_intervals(step_counts: Sequence[int]) -> list[tuple[float, float]]:
-    """The intervals (r, t) that a student is asked for in sampling by these numbers of equal steps, each as often as it is named."""
+    """The intervals (r, t) of sampling with each of these numbers of equal steps; those of a number given twice come twice."""
     return sorted((i / n, (i + 1) / n) for n in step_counts for i in range(n))
 
 
 def count_whole(num: int, pinned_share: float, pinned_steps: Sequence[int]) -> int:
-    """How many of num intervals are (0, 1), on average, of those that `draw_intervals` pins; rounded."""
+    """How many of num intervals `draw_intervals` pins at (0, 1) on average, rounded."""
     intervals = sampling_intervals(pinned_steps)
     return round(num * pinned_share * intervals.count((0, 1)) / len(intervals))
 
@@ -65,18 +65,18 @@ def draw_intervals(num: int, t_law: str, r_law: str, pinned_share: float, pinned
                    generator: Generator, num_whole: int = 0) -> tuple[Tensor, Tensor]:
     """Intervals r <= t for the splitting loss.
 
-    Two independent draws, one of each law, are sorted. A share of the rows, each by its own coin, is pinned instead at
+    An interval is two independent draws, one of each law, sorted. A share of the rows, each by its own coin, is instead pinned at
     the intervals of sampling in `pinned_steps` equal steps: the laws almost never reach (0, 1), the one that matters most.
 
     Args:
         num: number of intervals.
         t_law, r_law: laws of the noise-side and the data-side draw; see `draw_times`.
         pinned_share: probability in [0, 1] that a row is pinned.
-        pinned_steps: numbers of steps whose intervals are pinned, each interval alike; with (1, 1, 2) the one of one step as often as
-            both of two.
+        pinned_steps: numbers of steps whose intervals are pinned, all intervals equally often. With (1, 1, 2) the interval of one step
+            is pinned as often as the two intervals of two steps together.
         generator: source of randomness; its device is the result's.
-        num_whole: how many are (0, 1) for certain, the first ones; what else is pinned are then intervals of two and more steps, so many
-            that `pinned_share` of all are pinned, where num_whole is what `count_whole` says.
+        num_whole: number of rows, the first ones, that are (0, 1) for certain. The others are then pinned only at intervals of two and
+            more steps, so often that `pinned_share` of all rows are pinned if num_whole is what `count_whole` says.
 
     Returns:
         r and t, each (num,), 0 <= r <= t <= 1.
@@ -100,7 +100,7 @@ def draw_intervals(num: int, t_law: str, r_law: str, pinned_share: float, pinned
 
 
 def draw_lam(num: int, law: str, progress: float, generator: Generator) -> Tensor:
-    """Where to split: s = (1 - lam) t + lam r, lam in (0, 1], float32 (num,). Where the last leg is the teacher's: the share of that one.
+    """lam in (0, 1], float32 (num,), which splits an interval at s = (1 - lam) t + lam r; or the last leg's share if the teacher makes it.
 
     "uniform" is Algorithm 1's U(0, 1); "constant(c)" is c; "anneal(start, end, share)" falls geometrically from start to
     end over the first `share` of training and stays there.

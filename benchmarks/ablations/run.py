@@ -1,15 +1,15 @@
-"""What each choice is worth: one change at a time, all runs given the same time on the same device, two seeds.
+"""What each choice is worth: one change at a time, all runs with the same training time on the same device, and two seeds.
 
     python -m benchmarks.ablations.run --teacher results/teacher-cifar10                          every variant, 90 s each
     python -m benchmarks.ablations.run --only student midpoint-uniform target-ema --seconds 120 --seeds 0 1 2
     python -m benchmarks.ablations.run --table-only True                          table.md from results.jsonl
 
-A run is the training script's own command line, or that of patches.py around it. A short one tells how fast the variant is, or
-one of the same cost; then it gets as many updates as fit into --seconds, its schedules included. Its last quick evaluation
-(5,000 images) is the result, one line of results.jsonl; what is there already is not run again, so the same command goes on.
-A variant that is the default of --data is left to the row of the defaults. Each GPU that is visible takes one run at a time.
-Also writes table.md, a section for each time, data set, device, teacher and further flags, and gradient_norm.png, where a collapse
-shows.
+Each run is a command line of the training script, or of patches.py around it. A short run first measures the speed of the variant, or
+of one with the same cost. The variant then gets as many updates as fit into --seconds, and its schedules have that length. The result
+is its last quick evaluation (5,000 images), one line of results.jsonl. What is there already is not run again, so repeat the command
+to continue. A variant that is the default of --data is not run; the row of the defaults stands for it. Each visible GPU takes
+one run at a time. The program also writes table.md, with a section for each time, data set, device, teacher and further flags, and
+gradient_norm.png, in which a collapse shows.
 """
 
 import hashlib
