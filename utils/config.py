@@ -31,7 +31,7 @@ class RunConfig:
     flip: bool | None = None            # mirror half of the images at random; None: a student as its teacher, else all but mnist and digits
     steps: int = 10_000                 # updates in all
     max_minutes: float | None = None    # save and stop after this many minutes; the same command continues later
-    start_from: str | None = None       # weights to start from: file, checkpoint or run folder of the same network; None: from scratch
+    start_from: str | None = None       # weights to start from: file, checkpoint or run of the same network; None: none, or its teacher
     global_batch_size: int = 512        # images per update, over all processes
     seed: int = 0                       # seed of everything random
     device: str = "auto"                # auto, cuda, cuda:1, ..., or cpu

@@ -165,7 +165,7 @@ def student_loss(u: AverageVelocity, u_target: AverageVelocity, v: Velocity, z_t
 
     Args:
         u: the student.
-        u_target: the network that makes the student's part of the targets: the student, or an EMA of it.
+        u_target: the network that makes the student's part of the targets: the student, an EMA of it, or what it started from.
         v: the teacher's guided velocity.
         share: share of the interval that the teacher's leg takes, or lam of Eq. 11 if there is no such leg. In (0, 1], (B,).
         num_boundary: rows for the boundary condition; their r and share are not used.
