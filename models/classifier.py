@@ -59,7 +59,7 @@ class Classifier(nn.Module):
         self.whiten.bias.copy_(torch.cat((-mean, mean)))
 
     def see(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x: (B, C, H, W) in [-1, 1], sides of at least 8. Returns features (B, 4 * width) and logits (B, num_classes).
+        """x: (B, C, H, W) in [-1, 1], sides of at least 2. Returns features (B, 4 * width) and logits (B, num_classes).
 
         The features are the channels' means over the image. The logits come from their maxima, which the recipe trains with,
         but whose heavy tails make a poor measure of sets.

@@ -75,7 +75,7 @@ def check_teacher(path: Path, metadata: dict, images: Images | Latents, model: s
                          f"{', '.join(images.classes)}")
     if not same_autoencoder(metadata.get("autoencoder"), images.autoencoder):
         raise ValueError(f"--teacher {path} was trained on latents of {metadata.get('autoencoder')}, --data {images.name} has those of "
-                         f"{images.autoencoder} (None: pixels)")
+                         f"{images.autoencoder} (None: pixels, or imported without import_teacher.py --data)")
 
 
 def note_other_teacher(start: str, metadata: dict[str, Any], teacher_id: str, note: Callable[[str], None]) -> None:
