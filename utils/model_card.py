@@ -11,7 +11,7 @@ from utils.guidance import guidance_in_words
 
 USE = """```python
 import torch
-from pipeline import SplitMeanFlowPipeline     # from the project's repository
+from pipeline import SplitMeanFlowPipeline     # in a clone of the project
 
 pipe = SplitMeanFlowPipeline.from_pretrained("{name}")
 images = pipe({call}, generator=torch.manual_seed(0)).images
@@ -25,11 +25,11 @@ def read_json(path: Path) -> Any:
 def training_lines(run: Path, config: dict[str, Any], step: int) -> list[str]:
     """How the weights came about: command, device, time and versions of a run folder, as far as it has them."""
     if "imported_from" in config:
-        return [f"Trained elsewhere; imported from `{config['imported_from']}` (sha256 {config['sha256']})."]
-    lines = [f"{step} updates of {config['global_batch_size']} images of `{config['data']}`, seed {config['seed']}."]
+        return [f"These weights were trained elsewhere and imported from `{config['imported_from']}` (sha256 {config['sha256']})."]
+    lines = [f"Trained for {step} updates of {config['global_batch_size']} images of `{config['data']}`, with seed {config['seed']}."]
     for start in read_json(run / "environment.json") or []:
         command = shlex.join(["python", Path(start["command"][0]).name, *start["command"][1:]])
-        lines.append(f"\n    {command}\n\non {start['device']}, {start['processes']} process(es), torch {start['torch']}, "
+        lines.append(f"\n    {command}\n\nran on {start['device']}, in {start['processes']} process(es), with torch {start['torch']}, "
                      f"commit {start['git_commit'] or 'unknown'}, from step {start['after_step']}.")
     metrics = run / "metrics.jsonl"
     if metrics.is_file() and (rows := metrics.read_text().splitlines()):
@@ -79,10 +79,10 @@ def model_card(name: str, metadata: dict[str, Any], weights: str, run: Path, eva
     call = f"class_labels=[{classes[0]!r}]" if classes else "batch_size=4"
     if config.get("guidance_range"):
         call += f", guidance_scale={config['guidance_scale']:g}"
-    what = ("Few-step student: an image in 1, 2 or 4 network evaluations. Its teacher's guidance, "
-            f"{guidance_in_words(config)}, is part of it." if student else
-            "Flow-matching teacher: velocities of an ODE, solved in some 25 steps, with or without guidance.")
-    numbers = numbers_of(evaluation, weights) if evaluation else "Not measured: `evaluate.py` was not run on these weights."
+    what = ("Few-step student: makes an image in 1, 2 or 4 network evaluations. Its teacher's guidance, "
+            f"{guidance_in_words(config)}, is part of it and takes no further evaluations." if student else
+            "Flow-matching teacher: predicts the velocity of an ODE, to be solved in some 25 steps, with or without guidance.")
+    numbers = numbers_of(evaluation, weights) if evaluation else "None: this card was made without an evaluation by `evaluate.py`."
     return "\n".join([
         "---", ModelCardData(**front).to_yaml().strip(), "---", "", f"# {name}", "",
         f"{what} Method: [SplitMeanFlow, arXiv 2507.16884](https://arxiv.org/abs/2507.16884). t = 0 is data, t = 1 is noise.", "",
@@ -91,7 +91,8 @@ def model_card(name: str, metadata: dict[str, Any], weights: str, run: Path, eva
         "## Use", "", USE.format(name=name, call=call + (", num_inference_steps=1" if student else "")), "",
         "## Numbers", "", numbers, "",
         "## Training", "",
-        *([f"The mean of the weights {', '.join(metadata['mean_of'])}, of runs that may differ. What follows is of the first:", ""]
+        *([f"The mean of the weights {', '.join(metadata['mean_of'])}, of runs that may differ, is released here. "
+           "The rest of this section is about the first.", ""]
           if "mean_of" in metadata else []),
         *training_lines(run, config, metadata["step"]), "",
         "| setting | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in config.items()), ""])
