@@ -52,6 +52,8 @@ VARIANTS = [
     student("euler-end-0.02", "--first-leg;euler;--lam-law;anneal(0.3, 0.02, 0.8)", "end nearer to the derivative", cost="euler"),
     student("euler-start-0.7", "--first-leg;euler;--lam-law;anneal(0.7, 0.05, 0.8)", "start from more than halves", cost="euler"),
     student("midpoint-0.3", "--first-leg;midpoint;--lam-law;constant(0.3)", "first leg to second order: lam large", cost="own"),
+    student("midpoint-0.2", "--first-leg;midpoint;--lam-law;constant(0.2)", "lam smaller", cost="midpoint-0.3"),
+    student("midpoint-0.1", "--first-leg;midpoint;--lam-law;constant(0.1)", "lam smaller still", cost="midpoint-0.3"),
     student("midpoint-0.5", "--first-leg;midpoint;--lam-law;constant(0.5)", "lam larger still", cost="midpoint-0.3"),
     student("midpoint-0.5-0.2", "--first-leg;midpoint;--lam-law;anneal(0.5, 0.2, 0.8)", "lam from 0.5 to 0.2", cost="midpoint-0.3"),
     student("two-midpoints-0.5", "--first-leg;midpoint;--lam-law;constant(0.5)", "first leg by two midpoint steps: lam larger still",
