@@ -19,7 +19,7 @@ from torch import Tensor
 
 from models import build_network
 from utils.checkpoints import load_network, read_weights, resolve_weights, save_model_folder, weights_id, write_weights
-from utils.config import FREE_FIELDS, parse_config, require
+from utils.config import FREE_FIELDS, is_vacant, parse_config, require
 from utils.model_card import model_card
 
 
@@ -66,8 +66,8 @@ def mean_of(sources: Sequence[Path]) -> tuple[dict[str, Tensor], dict[str, Any]]
 def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse_config(Config, argv, __doc__)
     target = Path(cfg.target)
-    filled = target.is_file() or (target.is_dir() and any(target.iterdir()))
-    if filled and not cfg.replace:
+    vacant = is_vacant(target)
+    if not vacant and not cfg.replace:
         raise ValueError(f"{target} exists; use --replace True to overwrite it")
     source = resolve_weights(cfg.source)
     weights, metadata = mean_of([source, *map(resolve_weights, cfg.mean_with)]) if cfg.mean_with else read_weights(source)
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{target}: {what}, {target.stat().st_size / 1e6:.1f} MB")
         return
 
-    if filled and not (target / "model.safetensors").is_file():
+    if not vacant and not (target / "model.safetensors").is_file():
         raise ValueError(f"{target} is no model folder: not overwritten")
     places = {"ema.safetensors": source.parent.parent.parent, "best.safetensors": source.parent}       # run/checkpoints/step_X/ema...
     run = places.get(source.name, source.with_suffix(""))

@@ -22,7 +22,7 @@ from models import build_network
 from utils import distributed
 from utils.autoencoder import load_autoencoder
 from utils.checkpoints import load_network
-from utils.config import check_folder, check_interval, first_free, parse_config, require
+from utils.config import check_folder, check_interval, first_free, is_vacant, parse_config, require
 from utils.data import to_pixels, to_range
 from utils.guidance import guided_velocity
 from utils.pictures import save_gif, save_grid
@@ -64,7 +64,7 @@ class Config:
 def in_the_way(folder: Path, counts: Sequence[int], formats: Sequence[str]) -> Path | None:
     """What is in a folder already of what would be written there; single PNGs are a folder, which may be there if it is empty."""
     for path in (folder / f"{n}step{ENDINGS[name]}" for n in counts for name in formats):
-        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        if not is_vacant(path):
             return path
     return None
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from models import Classifier
 from utils import distributed
 from utils.checkpoints import fingerprint, write_weights
-from utils.config import parse_config, require, to_dict
+from utils.config import lies_in_file, parse_config, require, to_dict
 from utils.data import Images, load_held_out, load_images, to_range
 from utils.distributed import Ranks
 from utils.evaluation import shuffled
@@ -63,7 +63,7 @@ class Config:
         for field in ("label_smoothing", "min_accuracy"):
             require(self, field, 0 <= getattr(self, field) < 1, "in [0, 1)")
         out = Path(self.out or "x")
-        require(self, "out", not out.is_dir() and not any(map(Path.is_file, out.parents)), "a file, neither a folder nor inside a file")
+        require(self, "out", not out.is_dir() and not lies_in_file(out), "a file, neither a folder nor inside a file")
 
 
 def shifted(x: Tensor, by: int, draw: torch.Generator) -> Tensor:

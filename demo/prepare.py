@@ -18,7 +18,7 @@ import tyro
 import export
 from evaluate import label
 from utils.checkpoints import read_metadata, resolve_weights
-from utils.config import parse_config
+from utils.config import is_vacant, parse_config
 
 HERE = Path(__file__).parent
 
@@ -60,8 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not students:
         raise ValueError("there is no checkpoints/student-*.safetensors; name a student")
     out = Path(cfg.out)
-    filled = out.is_file() or (out.is_dir() and any(out.iterdir()))
-    if filled and not (out / "models.json").is_file():
+    if not is_vacant(out) and not (out / "models.json").is_file():
         raise ValueError(f"--out {out}: must be new, empty, or a folder that this program made")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".models-") as temporary:

@@ -105,7 +105,7 @@ def check_interval(config: Any, field: str) -> None:
 
 def check_folder(config: Any, field: str) -> None:
     """Raise ValueError, with the flag, if the field's path, or what it lies in, is a file."""
-    require(config, field, not any(map(Path.is_file, Path(getattr(config, field) or "", "x").parents)), "a folder, not a file")
+    require(config, field, not lies_in_file(Path(getattr(config, field) or "", "x")), "a folder, not a file")
 
 
 def parse_config(config_class: type[ConfigT], argv: Sequence[str] | None, description: str | None,
@@ -133,6 +133,16 @@ def parse_config(config_class: type[ConfigT], argv: Sequence[str] | None, descri
         return config
     except ValueError as error:
         sys.exit(f"error: {error}")
+
+
+def lies_in_file(path: Path) -> bool:
+    """Whether one of the folders that the path names is a file, so that nothing can be written there."""
+    return any(map(Path.is_file, path.parents))
+
+
+def is_vacant(path: Path) -> bool:
+    """Whether nothing is there, or an empty folder."""
+    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
 
 
 def first_free(folder: Path, is_free: Callable[[Path], bool]) -> Path:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from utils.checkpoints import fingerprint, flush, write_tensors
-from utils.config import differences
+from utils.config import differences, is_vacant
 from utils.folders import chunked
 
 FORMAT = "splitmeanflow-latents/1"
@@ -121,7 +121,7 @@ def begin(folder: Path, description: dict[str, Any]) -> None:
     Raises:
         ValueError: it holds other latents (names the difference), or something else.
     """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if is_vacant(folder):
         return
     if not is_latents(folder):
         raise ValueError(f"OUT {folder} exists and holds no latents; choose another one")

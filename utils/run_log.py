@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from utils import distributed
 from utils.checkpoints import is_finished, read_latest, read_metadata, save_checkpoint, write_weights
-from utils.config import ADDED_LATER, differences, read_config, to_dict, write_text
+from utils.config import ADDED_LATER, differences, is_vacant, read_config, to_dict, write_text
 from utils.data import Images
 from utils.distributed import Ranks
 from utils.interrupt import StopRequest
@@ -83,7 +83,7 @@ class Run:
 
     def refuse_foreign_folder(self) -> None:
         file = self.folder / "config.json"
-        if not self.folder.exists() or not any(self.folder.iterdir()):
+        if is_vacant(self.folder):
             return
         other_name = "choose another --name, or move the folder away"
         if not file.exists():
