@@ -27,7 +27,8 @@ import train_teacher
 from benchmarks import throughput
 from benchmarks.throughput import Row, command, first_teacher, forward_flops, save
 from utils.config import parse_config, require
-from utils.pictures import log_scale, pyplot, read_lines
+from utils.json_lines import read_lines
+from utils.pictures import log_scale, pyplot
 
 SCRIPTS = {"train_teacher.py": train_teacher, "train_student.py": train_student}
 # What each curve is drawn against, and its points: preset and batch.

@@ -23,8 +23,8 @@ from benchmarks.ablations.run import add_flags, parse_flags, script, script_line
 from benchmarks.gpus import finish, on_each, start
 from utils.config import parse_config, require, write_text
 from utils.evaluation import classifier_file
+from utils.json_lines import add_line, read_lines
 from utils.latents import originals
-from utils.pictures import read_lines
 
 
 @dataclass(frozen=True)
@@ -133,11 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise ValueError(f"--name {cfg.name}: {cfg.out} holds a row of seed {seed} by another command; choose another --name.\n"
                                  f"asked: {asked}\nwas: {was}")
 
-    def keep(row: dict[str, Any]) -> None:
-        with open(cfg.out, "a") as lines:
-            lines.write(json.dumps(row) + "\n")
-
-    on_each([partial(one_seed, seed, cfg) for seed in cfg.seeds if seed not in done], keep)
+    on_each([partial(one_seed, seed, cfg) for seed in cfg.seeds if seed not in done], partial(add_line, Path(cfg.out)))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """What the loops that are measured against share: flags, and metrics.jsonl."""
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from utils.json_lines import add_line
 
 
 @dataclass(frozen=True)
@@ -39,5 +40,4 @@ class Metrics:
         if self.device.type == "cuda":
             row["memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self.last = (step, now)
-        with open(self.file, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        add_line(self.file, row)

@@ -5,7 +5,10 @@ training loop averages the gradients itself, by one all-reduce per update.
 """
 
 import os
+import platform
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -116,6 +119,15 @@ def start(device: str, shard: bool = False) -> Ranks:
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", device_id=chosen if chosen.type == "cuda" else None)
     return Ranks(dist.get_rank() if world_size > 1 else 0, world_size, chosen)
+
+
+def device_name(device: torch.device) -> str:
+    """Type and name, and of a CPU its number of cores."""
+    if device.type == "cuda":
+        return f"cuda: {torch.cuda.get_device_name(device)}"
+    about = Path("/proc/cpuinfo")                           # of Linux, where Python knows the architecture only
+    names = re.findall(r"^model name\s*: (.+)", about.read_text(), re.MULTILINE) if about.exists() else []
+    return f"cpu: {names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
 def finish() -> None:

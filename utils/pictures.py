@@ -1,6 +1,5 @@
 """Grids, GIFs and curves."""
 
-import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from utils.data import to_pixels
+from utils.json_lines import read_lines
 
 
 def sample_labels(num_classes: int, rows: int = 10, columns: int = 10) -> Tensor:
@@ -69,11 +69,6 @@ def log_scale(axis: Any) -> None:
     axis.yaxis.set_major_locator(AutoLocator() if high < 3 * low else LogLocator(subs=subs))
     axis.minorticks_off()
     axis.yaxis.set_major_formatter("{x:,.10g}")
-
-
-def read_lines(file: Path) -> list[dict]:
-    """Rows of a .jsonl file, without a last one that is torn; none if it is not there."""
-    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
 
 
 def save_curves(path: Path, folder: Path) -> None:

@@ -27,10 +27,11 @@ from utils import distributed
 from utils.checkpoints import is_finished, read_latest, read_metadata, save_checkpoint, write_weights
 from utils.config import ADDED_LATER, differences, is_vacant, read_config, to_dict, write_text
 from utils.data import Images
-from utils.distributed import Ranks
+from utils.distributed import Ranks, device_name
 from utils.interrupt import StopRequest
+from utils.json_lines import add_line, read_lines
 from utils.latents import Latents
-from utils.pictures import read_lines, save_curves, save_gif, save_grid
+from utils.pictures import save_curves, save_gif, save_grid
 from utils.sharding import whole_weights
 
 SECONDS_BETWEEN_CURVES = 30
@@ -45,11 +46,10 @@ def environment(ranks: Ranks) -> dict[str, Any]:
         done = subprocess.run(["git", *command], cwd=here, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else None
 
-    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "git_commit": git("rev-parse", "HEAD"), "git_changed_files": git("status", "--porcelain", "--untracked-files=no"),
         "python": platform.python_version(), "torch": torch.__version__, "torchvision": version("torchvision"),
-        "device": f"{ranks.device.type}: {device}", "processes": ranks.world_size, "cpu_threads": torch.get_num_threads(),
+        "device": device_name(ranks.device), "processes": ranks.world_size, "cpu_threads": torch.get_num_threads(),
         "command": sys.argv, "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
 
@@ -194,8 +194,7 @@ class Run:
         if self.ranks.device.type == "cuda":
             row["memory_gib"] = round(torch.cuda.max_memory_allocated(self.ranks.device) / 2**30, 2)      # the peak so far
         self.logged = (step, now)
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+        add_line(self.folder / "metrics.jsonl", row)
         self.write_log("  ".join(f"{key} {value:.6g}" for key, value in row.items()))
         if self.comet:
             self.comet.log_metrics({key: value for key, value in row.items() if key != "step"}, step=step)
@@ -228,8 +227,7 @@ class Run:
         weights = whole_weights(ema)
         if not self.ranks.is_main:
             return
-        with open(self.folder / "evaluations.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, "judge": self.judge, **numbers}) + "\n")
+        add_line(self.folder / "evaluations.jsonl", {"step": step, "judge": self.judge, **numbers})
         self.note(f"step {step}: " + ", ".join(f"{key} {value:.4g}" for key, value in numbers.items()))
         if self.comet:
             self.comet.log_metrics(numbers, step=step)

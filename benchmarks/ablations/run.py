@@ -29,7 +29,8 @@ from benchmarks.ablations.variants import VARIANTS, Variant
 from benchmarks.gpus import finish, on_each
 from utils import recipes
 from utils.config import parse_config, require
-from utils.pictures import log_scale, pyplot, read_lines
+from utils.json_lines import add_line, read_lines
+from utils.pictures import log_scale, pyplot
 
 HERE = Path(__file__).parent
 INTRODUCTION = """FD and class accuracy of 5,000 images, always from the same noise; ± half the range of the seeds.
@@ -224,8 +225,7 @@ def run_all(todo: list[tuple[Variant, int]], cfg: Config, file: Path) -> None:
         RuntimeError: a run failed; what had begun beside it was finished and written.
     """
     def keep(result: dict[str, Any]) -> None:
-        with open(file, "a") as lines:
-            lines.write(json.dumps(result) + "\n")
+        add_line(file, result)
         print({key: value for key, value in result.items() if key not in ("command", "norms")}, flush=True)
 
     on_each([partial(measure, variant, seed, cfg) for variant, seed in todo], keep)
