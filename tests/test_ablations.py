@@ -75,7 +75,7 @@ def test_runs_results_and_table(tmp_path, monkeypatch):
     def start(line, gpu):
         flags = leave(line, fd_1step=2.0 + int(line[line.index("--seed") + 1]), accuracy_1step=0.9)
         started.append(flags)
-        if "pinned-0.15" in flags["--name"] and "--eval-every" in flags:
+        if "pinned-0.15" in flags["--name"] and flags["--eval-every"] != "None":
             raise RuntimeError("... NonFiniteError: step 12 is not finite")
 
     monkeypatch.setattr(gpus, "start", start)
@@ -116,8 +116,8 @@ def test_runs_results_and_table(tmp_path, monkeypatch):
 
 def test_flags_that_are_set_here_are_refused_before_the_first_run(tmp_path, monkeypatch):
     monkeypatch.setattr(gpus, "start", lambda line, gpu: pytest.fail("training began"))
-    with pytest.raises(ValueError, match="--flags --lr 1e-3 --seed=7 --log_every 5: must be without --log-every and --seed, which this"):
-        run.main(["--only", "student", "--flags=--lr 1e-3 --seed=7 --log_every 5", "--out", str(tmp_path), "--results-dir", str(tmp_path)])
+    with pytest.raises(ValueError, match="--flags --lr 1e-3 --seed=7 --eval_every 5: must be without --eval-every and --seed, which this"):
+        run.main(["--only", "student", "--flags=--lr 1e-3 --seed=7 --eval_every 5", "--out", str(tmp_path), "--results-dir", str(tmp_path)])
 
 
 def test_each_gpu_takes_a_run_and_a_failure_loses_no_other(tmp_path, monkeypatch):
@@ -127,7 +127,7 @@ def test_each_gpu_takes_a_run_and_a_failure_loses_no_other(tmp_path, monkeypatch
     def start(line, gpu):
         flags = leave(line, fd_1step=2.0)
         started.append((flags["--name"], gpu))
-        if "--eval-every" in flags:
+        if flags["--eval-every"] != "None":
             both.wait()
             if "pinned-0.15" in flags["--name"]:
                 raise RuntimeError("CUDA out of memory")

@@ -111,9 +111,9 @@ def add_flags(line: Sequence[str], flags: str, told: str) -> list[str]:
     return [*line, *further]
 
 
-def command(variant: Variant, seed: int, steps: int, cfg: Config, name: str, log_every: int, extra: Sequence[str]) -> list[str]:
+def command(variant: Variant, seed: int, steps: int, cfg: Config, name: str, log_every: int, eval_every: int | None) -> list[str]:
     line = [*script_line(variant.stage, seed, name, variant.patch, cfg.teacher, cfg), "--steps", str(steps), "--log-every", str(log_every),
-            "--sample-every", str(steps), "--save-every", str(steps), *extra]
+            "--sample-every", str(steps), "--save-every", str(steps), "--eval-every", str(eval_every)]
     return [*add_flags(line, cfg.flags, "--flags"), *variant.flags]
 
 
@@ -134,12 +134,12 @@ def measure(variant: Variant, seed: int, cfg: Config, gpu: str | None) -> dict[s
     probe = f"probe-{variant.cost}-{hashlib.sha256(asked.encode()).hexdigest()[:6]}"
     with PROBING[str(folder / probe)]:
         alike = next(v for v in VARIANTS if v.name == variant.cost)
-        finish(folder / probe, command(alike, 0, cfg.probe_steps, cfg, probe, half, []), gpu)
+        finish(folder / probe, command(alike, 0, cfg.probe_steps, cfg, probe, half, None), gpu)
     config = json.loads((folder / probe / "config.json").read_text())
     speed = read_lines(folder / probe / "metrics.jsonl")[-1]["images_per_second"]
     steps = max(1, round(cfg.seconds * speed / config["global_batch_size"]))
     name = f"{variant.name}-{cfg.seconds:g}s-seed{seed}"
-    line = command(variant, seed, steps, cfg, name, max(1, steps // 100), ["--eval-every", str(steps)])
+    line = command(variant, seed, steps, cfg, name, max(1, steps // 100), steps)
     result = {"variant": variant.name, "seed": seed, "steps": steps, **settings(cfg), "images_per_second": speed,
               "command": shlex.join(["python", *line])}
     try:
