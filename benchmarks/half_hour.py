@@ -19,7 +19,7 @@ from typing import Any
 
 import evaluate
 from benchmarks.ablations.patches import PATCHES, check
-from benchmarks.ablations.run import add_flags, parse_flags, script, script_line, spike
+from benchmarks.ablations.run import add_flags, parse_flags, script, script_line, spike, under
 from benchmarks.gpus import finish, on_each, start
 from utils.config import parse_config, require, write_text
 from utils.evaluation import classifier_file
@@ -37,18 +37,21 @@ class Config:
     teacher_flags: str = ""                     # more flags for the teacher's run, as in --teacher-flags="--model DiT-Ti/2"
     student_flags: str = ""                     # more flags for the student's run
     evaluate_flags: str = "--num-steps 1 2 4"   # flags for evaluate.py
-    teacher_patch: str | None = None  # teacher's patch from benchmarks.ablations.patches; not one that changes the network's shape
-    student_patch: str | None = None            # student's patch: as --teacher-patch
+    teacher_patch: str | None = None            # patch of the teacher's run, from benchmarks.ablations.patches
+    student_patch: str | None = None            # patch of the student's run
+    network_patch: str | None = None            # patch of both and of the evaluation, as one that changes the network's shape
     results_dir: str = "results/half-hour"      # folder for the runs and evaluations
     out: str = "results/half-hour/rows.jsonl"   # file that gets a row for each seed when it is done
 
     def __post_init__(self) -> None:
         require(self, "seeds", 0 < len(self.seeds) == len(set(self.seeds)), "one or more, each once")
         require(self, "name", self.name != "" and not set(self.name) & set("/\\"), "a part of a folder's name, without slashes")
-        for field in ("teacher_patch", "student_patch"):
+        for field in ("teacher_patch", "student_patch", "network_patch"):
             require(self, field, getattr(self, field) in (None, *PATCHES), f"among {', '.join(PATCHES)}")
         require(self, "teacher", self.teacher is None or not (self.teacher_flags or self.teacher_patch),
                 "left out, or the teacher's flags and patch are")
+        require(self, "network_patch", not (self.network_patch and (self.teacher_patch or self.student_patch)),
+                "left out, or the patches of a stage are")
 
 
 def stages(cfg: Config) -> list[str]:
@@ -58,6 +61,7 @@ def stages(cfg: Config) -> list[str]:
 def run_command(stage: str, seed: int, cfg: Config) -> tuple[Path, list[str]]:
     """Run folder, and what stands after "python", of "teacher" or "student"."""
     patch, flags = (cfg.teacher_patch, cfg.teacher_flags) if stage == "teacher" else (cfg.student_patch, cfg.student_flags)
+    patch = patch or cfg.network_patch
     folder = Path(cfg.results_dir, f"{cfg.name}-{stage}-seed{seed}")
     teacher = None if stage == "teacher" else cfg.teacher or str(run_command("teacher", seed, cfg)[0])
     return folder, add_flags(script_line(stage, seed, folder.name, patch, teacher, cfg), flags, f"--{stage}-flags")
@@ -67,7 +71,8 @@ def evaluate_command(seed: int, cfg: Config) -> tuple[Path, list[str]]:
     """Likewise, of evaluate.py: the folder that it writes to."""
     student = run_command("student", seed, cfg)[0]
     out = student.with_name(f"{student.name}-evaluation")
-    line = ["evaluate.py", str(student), "--data-root", cfg.data_root, "--out", str(out), "--cache", str(Path(cfg.results_dir, "features"))]
+    line = [*under(cfg.network_patch), "evaluate.py", str(student), "--data-root", cfg.data_root, "--out", str(out),
+            "--cache", str(Path(cfg.results_dir, "features"))]
     return out, add_flags(line, cfg.evaluate_flags, "--evaluate-flags")
 
 
@@ -82,9 +87,10 @@ def check_flags(cfg: Config) -> None:
         line = run_command(stage, cfg.seeds[0], cfg)[1]
         flags = line[line.index(f"{script(stage, cfg.data)}.py") + 1 :]
         parse_flags(stage, cfg.data, flags)
-        if patch := cfg.teacher_patch if stage == "teacher" else cfg.student_patch:
-            check(patch, flags)
-    measured = parse_config(evaluate.Config, evaluate_command(cfg.seeds[0], cfg)[1][1:], None)
+        if line[0] == "-m":
+            check(line[2], flags)
+    line = evaluate_command(cfg.seeds[0], cfg)[1]
+    measured = parse_config(evaluate.Config, line[line.index("evaluate.py") + 1 :], None)
     judge = classifier_file(measured.classifier, originals(measured.data or cfg.data))
     if measured.features == "classifier" and not judge.is_file():
         raise ValueError(f"no classifier {judge}: make one with train_classifier.py, and name it with --classifier in --evaluate-flags")

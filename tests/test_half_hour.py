@@ -78,6 +78,11 @@ def test_patches_and_a_given_teacher():
     cfg = half_hour.Config(name="near", teacher_patch="nearest-of-4", student_patch="warm-start")
     assert half_hour.run_command("teacher", 0, cfg)[1][:4] == ["-m", "benchmarks.ablations.patches", "nearest-of-4", "train_teacher.py"]
     assert half_hour.run_command("student", 0, cfg)[1][2] == "warm-start"
+    shape = half_hour.Config(network_patch="depth-0.5")     # of another shape: no process without the patch reads such weights
+    lines = [half_hour.run_command("teacher", 0, shape), half_hour.run_command("student", 0, shape), half_hour.evaluate_command(0, shape)]
+    assert {tuple(line[:3]) for _, line in lines} == {("-m", "benchmarks.ablations.patches", "depth-0.5")}
+    with pytest.raises(ValueError, match="--network-patch depth-0.5: must be left out, or the patches of a stage are"):
+        half_hour.Config(network_patch="depth-0.5", student_patch="warm-start")
     given = half_hour.Config(teacher="mine.safetensors")
     assert half_hour.stages(given) == ["student"] and "mine.safetensors" in half_hour.run_command("student", 3, given)[1]
     with pytest.raises(ValueError, match="--teacher mine.safetensors: must be left out"):

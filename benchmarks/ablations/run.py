@@ -87,15 +87,19 @@ def is_default(variant: Variant, cfg: Config) -> bool:
     return variant.flags != [] and variant.patch is None and plain == changed
 
 
+def under(patch: str | None) -> list[str]:
+    """What stands after "python" before a script that runs under a patch."""
+    return ["-m", "benchmarks.ablations.patches", patch] if patch else []
+
+
 def script_line(stage: str, seed: int, name: str, patch: str | None, teacher: str | None, cfg: Any) -> list[str]:
     """A stage's script, under a patch or not, with the flags that every run of a benchmark has: what stands after "python".
 
     Args:
         teacher: of a student; a teacher has none. cfg: has data, data_root and results_dir.
     """
-    patched = ["-m", "benchmarks.ablations.patches", patch] if patch else []
     of = ["--teacher", teacher] if stage == "student" and teacher else []
-    return [*patched, f"{script(stage, cfg.data)}.py", "--data", cfg.data, "--data-root", cfg.data_root, "--seed", str(seed),
+    return [*under(patch), f"{script(stage, cfg.data)}.py", "--data", cfg.data, "--data-root", cfg.data_root, "--seed", str(seed),
             "--name", name, "--results-dir", cfg.results_dir, "--comet", "off", *of]
 
 
