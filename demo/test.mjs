@@ -153,6 +153,10 @@ try {
     await shot(`model-${name}`);
   }
 
+  await page.reload();                                      // the point, class and guidance as at first
+  await page.waitForFunction(() => window.demo?.isQuiet(), null, { timeout: 120_000 });
+  await page.selectOption("#model", models.at(-1).name);
+  await quiet();
   await page.click("#fill");
   await page.waitForFunction(() => window.demo.isQuiet(), null, { timeout: 120_000 });
   assert.match(await page.textContent("#counted"), /^100 images in 1 step each/);
