@@ -1,6 +1,5 @@
 """The throughput benchmark's table and plot."""
 
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ def plot(rows: list[Any], path: Path, device: str) -> None:
     field = varying(rows)
     for name in names:
         mine = [row for row in rows if row.name == name]
-        medians = [statistics.median(row.images_per_second) for row in mine]
+        medians = [row.median for row in mine]
         spread = [[m - min(row.images_per_second) for m, row in zip(medians, mine)],
                   [max(row.images_per_second) - m for m, row in zip(medians, mine)]]
         if field:

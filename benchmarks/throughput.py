@@ -34,6 +34,7 @@ from benchmarks.ablations.patches import PATCHES
 from benchmarks.report import markdown, plot
 from models import DiT
 from utils.config import parse_config, require
+from utils.json_lines import read_lines
 from utils.recipes import STUDENT
 
 # Forward passes an image, a backward pass counted as two: the teacher's guided velocity takes two on every image, or with legs of the
@@ -168,7 +169,7 @@ def launch(line: list[str], metrics: Path, cache: Path | None) -> tuple[float, l
         printed.seek(0)
         if process.returncode or first is None:
             raise RuntimeError(f"{' '.join(line)} ended with {process.returncode}:\n{printed.read()[-3000:]}")
-    return first, [json.loads(text) for text in metrics.read_text().splitlines()]
+    return first, read_lines(metrics)
 
 
 def measure(name: str, model: str, batch: int, gpus: int, cfg: Config, folder: Path) -> Row:

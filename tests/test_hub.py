@@ -1,6 +1,7 @@
 """Model folders, the pipeline object, the model card."""
 
 import json
+import shutil
 
 import huggingface_hub
 import numpy as np
@@ -209,6 +210,16 @@ def test_release_with_a_class_name_that_is_not_utf8(results, tmp_path):
     release.main([str(tmp_path / "student.safetensors"), str(tmp_path / "hub")])
     assert r"class_labels=['caf\udce9']" in (tmp_path / "hub/README.md").read_text()
     assert SplitMeanFlowPipeline.from_pretrained(tmp_path / "hub").classes[0] == "caf\udce9"
+
+
+def test_release_of_a_run_whose_last_row_is_torn(results, tmp_path):
+    """As of a full disk; its checkpoints are whole, and the row before says what the card needs."""
+    run = tmp_path / "run"
+    shutil.copytree(results / "student-digits", run)
+    with open(run / "metrics.jsonl", "a") as rows:
+        rows.write('{"step": 7, "lo')
+    release.main([str(run), str(tmp_path / "hub")])
+    assert "Training took" in (tmp_path / "hub/README.md").read_text()
 
 
 def test_a_release_that_fails_leaves_nothing(results, tmp_path, monkeypatch):

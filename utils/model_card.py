@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from utils.guidance import guidance_in_words
+from utils.json_lines import read_lines
 
 USE = """```python
 import torch
@@ -31,9 +32,8 @@ def training_lines(run: Path, config: dict[str, Any], step: int) -> list[str]:
         command = shlex.join(["python", Path(start["command"][0]).name, *start["command"][1:]])
         lines.append(f"\n    {command}\n\nran on {start['device']}, in {start['processes']} process(es), with torch {start['torch']}, "
                      f"commit {start['git_commit'] or 'unknown'}, from step {start['after_step']}.")
-    metrics = run / "metrics.jsonl"
-    if metrics.is_file() and (rows := metrics.read_text().splitlines()):
-        seconds = json.loads(rows[-1]).get("seconds")
+    if rows := read_lines(run / "metrics.jsonl"):
+        seconds = rows[-1].get("seconds")
         lines += [f"\nTraining took {seconds:.0f} s."] if seconds else []
     return lines
 
