@@ -28,8 +28,8 @@ from tqdm import tqdm
 from models import Classifier, DiT, SiT, build_network
 from utils import distributed, metrics, report
 from utils.autoencoder import load_autoencoder
-from utils.checkpoints import load_network, resolve_weights, weights_id
-from utils.config import check_folder, check_interval, first_free, parse_config, require, to_dict
+from utils.checkpoints import fingerprint, load_network, resolve_weights, weights_id
+from utils.config import check_folder, check_interval, first_free, parse_config, require, to_dict, write_text
 from utils.data import check_guidance, load_held_out, load_images, to_range
 from utils.distributed import Ranks
 from utils.evaluation import (
@@ -40,7 +40,6 @@ from utils.evaluation import (
     compare,
     draw,
     even_labels,
-    fingerprint,
     reference_features,
     residual_map,
     shuffled,
@@ -241,9 +240,9 @@ def main(argv: Sequence[str] | None = None, config: type[Config] = Config, rows_
 
     # The training split and the floor.
     real, real_labels = shuffled(images)
-    metrics.check_pixels(real, 2, "training images")
     least = judge(real[:2]).features.shape[1] + 1
     require(cfg, "num_images", cfg.num_images >= least, f"at least {least}: one more than the judge has features")
+    metrics.check_pixels(real, least, "training images")
     reference = reference_features(judge, real, Path(cfg.cache))
     floor_pixels, floor_labels = shuffled(held_out)
     metrics.check_pixels(floor_pixels[: cfg.num_images], least, "held-out images")
@@ -312,7 +311,7 @@ def main(argv: Sequence[str] | None = None, config: type[Config] = Config, rows_
         report.save_residual(out / "residual.png", residual)
     result = {"protocol": protocol, "config": to_dict(cfg), "floor": report.full_names(floor, protocol),
               "rows": [report.full_names(row, protocol) for row in rows]}
-    (out / "metrics.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_text(out / "metrics.json", json.dumps(result, indent=2) + "\n")
     table = report.table(rows, floor, protocol)
     (out / "table.md").write_text(table)
     report.save_plot(out / "plot.png", rows, floor)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,12 +109,6 @@ def test_an_evaluation_by_other_flags_is_not_overwritten(folder):
     assert (folder / "out/metrics.json").read_bytes() == before
 
 
-def test_a_name_with_a_point(tmp_path):
-    (tmp_path / "student-v1.5").mkdir()
-    assert evaluate.label(tmp_path / "student-v1.5") == "student-v1.5"
-    assert evaluate.label(tmp_path / "student-v1.5.safetensors") == "student-v1.5"
-
-
 def test_a_cpu_computes_in_float32_whatever_is_asked(folder):
     assert run(folder, "student-digits.safetensors", "--num-steps", "1", "--bfloat16", "True")["protocol"]["arithmetic"] == "float32"
 
@@ -132,9 +127,28 @@ def test_an_error_while_comparing_ends_it(folder, monkeypatch):
     def fail(judge, samples, labels, reference):
         raise ValueError("features are not all finite")
 
-    (folder / "out" / "metrics.json").unlink(missing_ok=True)
     monkeypatch.setattr(evaluate, "compare", fail)
     with pytest.raises(ValueError, match="not all finite"):
+        run(folder, "student-digits.safetensors", "--num-steps", "1")
+    assert not (folder / "out" / "metrics.json").exists()
+
+
+def test_too_few_training_images_are_told_before_anything_is_drawn(folder, monkeypatch):
+    images = load_images("digits")
+    part = replace(images, pixels=images.pixels[:20], labels=images.labels[:20])
+    monkeypatch.setattr(evaluate, "load_held_out", lambda *_: (part, images))
+    monkeypatch.delattr(evaluate, "draw")
+    with pytest.raises(ValueError, match="training images: 20 images are too few; these metrics need at least 33"):
+        run(folder, "student-digits.safetensors")
+
+
+def test_a_full_disk_leaves_no_torn_numbers(folder, monkeypatch):       # the next evaluation could not read them
+    def full(path, text):
+        path.write_bytes(text[:9].encode())
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
         run(folder, "student-digits.safetensors", "--num-steps", "1")
     assert not (folder / "out" / "metrics.json").exists()
 
@@ -314,13 +328,3 @@ def test_training_without_its_judge_stops_before_it_starts(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="train_classifier.py --data digits"):
         train_teacher_mnist.main(["--data", "digits", "--results-dir", str(tmp_path), "--eval-every", "5", "--device", "cpu"])
     assert not list(tmp_path.iterdir())
-
-
-def test_results_are_named_after_their_run(tmp_path):
-    run = tmp_path / "student-photos"
-    run.mkdir()
-    (run / "config.json").write_text("{}")
-    assert evaluate.label(run) == "student-photos" and evaluate.label(tmp_path / "student-mnist.safetensors") == "student-mnist"
-    assert evaluate.label(run / "best.safetensors") == "student-photos-best"
-    assert evaluate.label(run / "checkpoints/step_00000100/ema.safetensors") == "student-photos-step_00000100-ema"
-    assert evaluate.label(run / "checkpoints/step_00000100") == "student-photos-step_00000100"

@@ -7,6 +7,7 @@ import pytest
 import torch
 from threadpoolctl import threadpool_info
 
+import evaluate
 from models import Classifier
 from utils import distributed, evaluation, metrics, report
 from utils.data import load_held_out, load_images
@@ -118,3 +119,15 @@ def test_the_plot_has_its_numbers(distances, tmp_path, monkeypatch):
     assert [label.get_text() for label in axis.get_xticklabels()] == ["1", "4"] and len([text for text in inside if text]) >= 2
     monkeypatch.undo()
     plt.close(axis.figure)
+
+
+def test_results_are_named_after_their_run(tmp_path):
+    run = tmp_path / "student-photos"
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    assert evaluate.label(run) == "student-photos" and evaluate.label(tmp_path / "student-mnist.safetensors") == "student-mnist"
+    assert evaluate.label(run / "best.safetensors") == "student-photos-best"
+    assert evaluate.label(run / "checkpoints/step_00000100/ema.safetensors") == "student-photos-step_00000100-ema"
+    assert evaluate.label(run / "checkpoints/step_00000100") == "student-photos-step_00000100"
+    (tmp_path / "student-v1.5").mkdir()
+    assert evaluate.label(tmp_path / "student-v1.5") == evaluate.label(tmp_path / "student-v1.5.safetensors") == "student-v1.5"
