@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 import train_student
 import train_teacher
 from benchmarks.throughput import write_images
-from utils.config import parse_config
+from utils.config import parse_config, require
 from utils.run_log import Run
 
 # The first pattern that is found in a kernel's name says what kind it is.
@@ -42,6 +42,10 @@ class Config:
     steps: int = 3                              # updates that are recorded
     device: str = "auto"                        # auto, cuda, cpu
     out: str = "results/profile"                # folder to write to
+
+    def __post_init__(self) -> None:
+        for field in ("batch_size", "image_size", "skip", "steps"):
+            require(self, field, getattr(self, field) >= 1, "at least 1")
 
 
 def kind(name: str) -> str:

@@ -133,6 +133,8 @@ def test_profile_of_a_training_script(tmp_path, capsys):
     assert "| matrix products |" in text and "| attention |" in text and (tmp_path / "trace.json.gz").stat().st_size > 1000
     shares = [float(line.split("|")[3].strip(" %")) for line in text.splitlines() if line.strip().endswith("% |")]
     assert sum(shares) == pytest.approx(100, abs=0.5)
+    with pytest.raises(ValueError, match="--skip 0: must be at least 1"):
+        profile_step.Config(skip=0)
 
 
 def test_kinds_of_kernels():
