@@ -243,9 +243,9 @@ def main(argv: Sequence[str] | None = None, config: type[Config] = Config, rows_
     least = judge(real[:2]).features.shape[1] + 1
     require(cfg, "num_images", cfg.num_images >= least, f"at least {least}: one more than the judge has features")
     metrics.check_pixels(real, least, "training images")
-    reference = reference_features(judge, real, Path(cfg.cache))
     floor_pixels, floor_labels = shuffled(held_out)
     metrics.check_pixels(floor_pixels[: cfg.num_images], least, "held-out images")
+    reference = reference_features(judge, real, Path(cfg.cache))
     if judge.knows_classes and images.name not in ("mnist", "cifar10") and judge.held_out != fingerprint(floor_pixels):
         print(f"note: {judge.name} was trained with other images held out, or before that was noted: it may know some of these, which are "
               "the floor; train_classifier.py makes it anew")

@@ -133,13 +133,13 @@ def test_an_error_while_comparing_ends_it(folder, monkeypatch):
     assert not (folder / "out" / "metrics.json").exists()
 
 
-def test_too_few_training_images_are_told_before_anything_is_drawn(folder, monkeypatch):
-    images = load_images("digits")
-    part = replace(images, pixels=images.pixels[:20], labels=images.labels[:20])
-    monkeypatch.setattr(evaluate, "load_held_out", lambda *_: (part, images))
-    monkeypatch.delattr(evaluate, "draw")
-    with pytest.raises(ValueError, match="training images: 20 images are too few; these metrics need at least 33"):
-        run(folder, "student-digits.safetensors")
+def test_too_few_images_are_told_before_work_starts(folder, monkeypatch):
+    part = replace(images := load_images("digits"), pixels=images.pixels[:20], labels=images.labels[:20])
+    monkeypatch.delattr(evaluate, "reference_features")
+    for what, split in (("training", (part, images)), ("held-out", (images, part))):
+        monkeypatch.setattr(evaluate, "load_held_out", lambda *_, split=split: split)
+        with pytest.raises(ValueError, match=f"{what} images: 20 images are too few; these metrics need at least 33"):
+            run(folder, "student-digits.safetensors")
 
 
 def test_a_full_disk_leaves_no_torn_numbers(folder, monkeypatch):       # the next evaluation could not read them
