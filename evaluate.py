@@ -150,13 +150,14 @@ def find_own_teacher(checkpoint: str, teacher: str | None) -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
-def load_own_teacher(path: Path, architecture: dict[str, Any], metadata: dict[str, Any], ranks: Ranks, given: bool) -> DiT | SiT | None:
-    """The network at `path`, if it is a teacher's for a student of this architecture and metadata; a note says if it is another one.
+def load_own_teacher(path: Path, metadata: dict[str, Any], ranks: Ranks, given: bool) -> DiT | SiT | None:
+    """The network at `path`, if it is a teacher's for a student of this metadata; a note says if it is another one.
 
     Raises:
         ValueError: it is no teacher, or of another size, and was given, not found; a found one is left out, with a note.
     """
     teacher, theirs = load_network(path, build_network, ranks.device)
+    architecture = metadata["architecture"]
     wrong = [] if theirs["kind"] == "teacher" else [f"is a {theirs['kind']}; the distance is that from a teacher"]
     wrong += [f"has {key} {theirs['architecture'].get(key)}, the student {architecture[key]}"
               for key in ("num_channels", "image_size", "num_classes") if theirs["architecture"].get(key) != architecture[key]]
@@ -216,15 +217,13 @@ def main(argv: Sequence[str] | None = None, config: type[Config] = Config, rows_
     if not student and cfg.teacher is not None:
         raise ValueError(f"--teacher {cfg.teacher}: only a student has one, and {cfg.checkpoint} is a teacher")
     check_guidance(cfg.guidance_scale, metadata["classes"])
-    architecture = network.architecture
     own = find_own_teacher(cfg.checkpoint, cfg.teacher) if student else None
-    teacher = load_own_teacher(own, architecture, metadata, ranks, given=cfg.teacher is not None) if own else None
+    teacher = load_own_teacher(own, metadata, ranks, given=cfg.teacher is not None) if own else None
     data = cfg.data or metadata["config"]["data"]
     if data is None:
         raise ValueError(f"{cfg.checkpoint} does not say what it was trained on; name the images with --data")
-    shape = (architecture["num_channels"], architecture["image_size"], architecture["image_size"])      # of the network's noise
     autoencoder = load_autoencoder(metadata.get("autoencoder"), cfg.autoencoder, ranks.device)
-    image_shape = autoencoder.image_shape(shape)
+    image_shape = autoencoder.image_shape(network.shape)
     data = originals(data)
 
     def check(classes: list[str]) -> None:
@@ -274,13 +273,13 @@ def main(argv: Sequence[str] | None = None, config: type[Config] = Config, rows_
         @cache
         def from_teacher(guidance_scale: float) -> TeacherDistance:
             v = guided_velocity(teacher.velocity, teacher.null_class, guidance_scale, tuple(metadata["config"]["guidance_interval"]))
-            return TeacherDistance(partial(sample_velocity, v, num_steps=16, method="heun"), even_labels(32, images), shape, ranks)
+            return TeacherDistance(partial(sample_velocity, v, num_steps=16, method="heun"), even_labels(32, images), network.shape, ranks)
 
     for name, evaluations, scale, sample in samplers:
         scale = metadata["config"]["guidance_scale"] if scale is None else scale
         seeds, compared = [], []
         for seed in tqdm(range(cfg.seeds), name, disable=None):
-            pixels = draw(sample, y, shape, seed, ranks, cfg.batch_size or ranks.batch_size, autoencoder.decode, cfg.bfloat16)
+            pixels = draw(sample, y, network.shape, seed, ranks, cfg.batch_size or ranks.batch_size, autoencoder.decode, cfg.bfloat16)
             metrics.check_pixels(pixels, least, "samples")
             seen = judge(pixels)
             comparing.result()                              # one waits at most, and an error shows before more is drawn

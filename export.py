@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if cfg.half:
         for weight in network.parameters():                 # rounded before the check below, not after it
             weight.copy_(weight.half())
-    shape = tuple(metadata["architecture"][name] for name in ("num_channels", "image_size", "image_size"))
+    shape = network.shape
     is_step = cfg.form == "step"
     u = network.at_guidance(cfg.guidance_scale)
     whole = Step(u) if is_step else Sampler(u, cfg.num_steps)

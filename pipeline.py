@@ -109,8 +109,6 @@ class SplitMeanFlowPipeline:
 
     def noise(self, count: int, generator: Generator | Sequence[Generator] | None) -> Tensor:
         """(count, C, H, W) standard Gaussian, drawn on the generator's device; a list gives each image its own."""
-        architecture = self.network.architecture
-        shape = (architecture["num_channels"], architecture["image_size"], architecture["image_size"])
         if not isinstance(generator, Generator | Sequence | None):
             raise ValueError(f"generator {generator!r}: must be a torch.Generator, one for each image, or None")
         if isinstance(generator, Sequence):
@@ -118,7 +116,7 @@ class SplitMeanFlowPipeline:
                 raise ValueError(f"{len(generator)} generators for {count} images; give one, or one for each image")
             return torch.cat([self.noise(1, each) for each in generator])
         device = generator.device if generator is not None else self.device
-        return torch.randn(count, *shape, generator=generator, device=device).to(self.device)
+        return torch.randn(count, *self.network.shape, generator=generator, device=device).to(self.device)
 
     @torch.no_grad()
     def __call__(self, class_labels: int | str | Sequence[int | str] | Tensor | None = None, num_inference_steps: int | None = None,

@@ -100,8 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError("--renoise True: only a student can jump to the data")
     chosen = torch.tensor(chosen_classes(cfg.classes, metadata["classes"]))
     y = chosen[torch.arange(cfg.num_images) * len(chosen) // cfg.num_images]
-    architecture = metadata["architecture"]
-    shape = (architecture["num_channels"], architecture["image_size"], architecture["image_size"])
+    shape = network.shape
     autoencoder = load_autoencoder(metadata.get("autoencoder"), cfg.autoencoder, ranks.device)
     if (channels := autoencoder.image_shape(shape)[0]) not in (1, 3) and set(cfg.formats) != {"npz"}:
         raise ValueError(f"--formats {' '.join(cfg.formats)}: must be npz alone: {cfg.checkpoint} makes {channels} channels and has no "

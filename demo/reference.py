@@ -18,14 +18,12 @@ from utils.sampling import sample_average_velocity
 def differences(checkpoint: str, page: dict) -> dict[str, int]:
     """Number of steps to the largest difference of any value, 0 to 255. page: label, noise (C * H * W numbers), guidance if one was chosen,
     and for each number of steps the RGBA bytes of a canvas."""
-    network, metadata = load_network(checkpoint, build_network)
-    architecture = metadata["architecture"]
-    shape = (1, architecture["num_channels"], architecture["image_size"], architecture["image_size"])
-    z, u = torch.tensor(page["noise"]).view(shape), network.at_guidance(page.get("guidance"))
+    network, _ = load_network(checkpoint, build_network)
+    z, u = torch.tensor(page["noise"]).view(1, *network.shape), network.at_guidance(page.get("guidance"))
     result = {}
     for steps, rgba in page["images"].items():
         ours = to_pixels(sample_average_velocity(u, z, torch.tensor([page["label"]]), int(steps)))[0]
-        theirs = torch.tensor(rgba).view(*shape[2:], 4)[..., :3].permute(2, 0, 1)                  # (3, H, W)
+        theirs = torch.tensor(rgba).view(*network.shape[1:], 4)[..., :3].permute(2, 0, 1)                  # (3, H, W)
         result[steps] = int((ours.int() - theirs).abs().max())
     return result
 

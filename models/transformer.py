@@ -48,10 +48,16 @@ class InputSkip(nn.Module):
 class Transformer(nn.Module, HubModel):
     """A network u(z, r, t, y) whose work is done by `blocks`, all of one kind, and a `final` layer."""
 
+    architecture: dict[str, Any]                            # what a checkpoint's metadata says of it: the constructor's arguments
     blocks: nn.ModuleList
     final: nn.Module
     stacks: Sequence[nn.Module] = ()                        # the same blocks, once they are compiled
     guidance_range: tuple[float, float] | None = None       # of a student that is told its guidance; None for others
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of its images, or latents: (C, H, H)."""
+        return self.architecture["num_channels"], *[self.architecture["image_size"]] * 2
 
     def through_blocks(self, x: Tensor, *condition: Tensor) -> Tensor:
         """x: (B, T, D); condition: the other arguments of each block. Returns (B, T, D)."""
