@@ -189,8 +189,9 @@ def measure(name: str, model: str, batch: int, gpus: int, cfg: Config, folder: P
     return Row(name, model, batch, gpus, speeds, rows[-1].get("memory_gib"), cold, warm, flops)
 
 
-def matmul_ceiling(size: int = 8192) -> float:
+def matmul_ceiling() -> float:
     """TFLOP/s of a bf16 matrix product of random data on this GPU: the median of 20."""
+    size = 8192
     a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     times = []
     for _ in range(23):

@@ -127,10 +127,10 @@ def two_products(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
 
 
 class MLP(nn.Module):
-    def __init__(self, width: int, ratio: int = 4):
+    def __init__(self, width: int):
         super().__init__()
-        self.hidden = nn.Linear(width, ratio * width, bias=False)
-        self.out = nn.Linear(ratio * width, width, bias=False)
+        self.hidden = nn.Linear(width, 4 * width, bias=False)
+        self.out = nn.Linear(4 * width, width, bias=False)
         self.two_products = two_products                    # or the same by kernels of ours, see `models.fused`
 
     def forward(self, x: Tensor) -> Tensor:

@@ -108,10 +108,10 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, width: int, ratio: int = 4):
+    def __init__(self, width: int):
         super().__init__()
-        self.hidden = nn.Linear(width, ratio * width)
-        self.out = nn.Linear(ratio * width, width)
+        self.hidden = nn.Linear(width, 4 * width)
+        self.out = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(F.gelu(self.hidden(x), approximate="tanh"))

@@ -85,8 +85,8 @@ def save_model_folder(folder: Path, network: nn.Module, metadata: dict[str, Any]
 
 
 @contextmanager
-def opened(path: Path | str, device: torch.device | str = "cpu") -> Iterator[Any]:
-    """One safetensors file, to read from.
+def opened(path: Path | str) -> Iterator[Any]:
+    """One safetensors file, to read from, on the CPU.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -95,7 +95,7 @@ def opened(path: Path | str, device: torch.device | str = "cpu") -> Iterator[Any
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint file {path}")
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is torn or no safetensors file: {error}") from error
@@ -115,14 +115,14 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
     return {key: json.loads(value) for key, value in text.items()}
 
 
-def read_weights(path: Path | str, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read weights and metadata of one file.
 
     Raises:
         FileNotFoundError: there is no such file.
         CheckpointError: it is torn, or not one of ours.
     """
-    with opened(path, device) as file:
+    with opened(path) as file:
         weights = {name: file.get_tensor(name) for name in file.keys()}
     return weights, read_metadata(path)
 

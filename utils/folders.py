@@ -22,7 +22,7 @@ UNSIGNED_TIFF = (16,), 1                                    # tags: not of 12 bi
 SPLITS = {"train", "test", "val", "valid", "validation"}
 
 
-def list_images(path: Path, flag: str = "--data") -> tuple[list[str], Callable[[str], bytes]]:
+def list_images(path: Path, flag: str) -> tuple[list[str], Callable[[str], bytes]]:
     """Names (relative, with slashes, sorted) of all image files in a folder or zip, and a function that reads one.
 
     Raises:
@@ -62,7 +62,7 @@ def list_images(path: Path, flag: str = "--data") -> tuple[list[str], Callable[[
     raise ValueError(f"{flag} {path} is neither a folder nor a zip file of images")
 
 
-def split_classes(path: Path, names: list[str], flag: str = "--data") -> tuple[list[str], list[int]]:
+def split_classes(path: Path, names: list[str], flag: str) -> tuple[list[str], list[int]]:
     """Class names and one label a file. Files in no folder have no class: ([], zeros).
 
     Folders that everything lies in are passed over, as in a zip of one folder; in a real folder, the last one is a class.
@@ -165,7 +165,7 @@ def chunked(indices: range, length: int) -> list[range]:
     return [indices[i : i + length] for i in range(0, len(indices), length)]
 
 
-def open_folder(path: Path, flag: str = "--data") -> ImageFolder:
+def open_folder(path: Path, flag: str) -> ImageFolder:
     """List the images of a folder or zip, and their classes.
 
     Args:

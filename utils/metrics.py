@@ -50,12 +50,12 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     return fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
 
 
-def kernel_distance(a: Tensor, b: Tensor, subset_size: int = 1000) -> float:
-    """Unbiased squared MMD, kernel (x.y / D + 1)^3, mean of 100 subsets of `subset_size` or all there are (arXiv 1801.01401)."""
+def kernel_distance(a: Tensor, b: Tensor) -> float:
+    """Unbiased squared MMD, kernel (x.y / D + 1)^3, mean of 100 subsets of 1,000 or all there are (arXiv 1801.01401)."""
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
     check_features(a, b)
-    size = min(subset_size, len(a), len(b))
+    size = min(1000, len(a), len(b))
     return kid_features_to_metric(a.float(), b.float(), kid_subset_size=size, verbose=False)[KEY_METRIC_KID_MEAN]
 
 
@@ -85,7 +85,7 @@ def class_accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 @torch.no_grad()
-def nearest(queries: Tensor, real: Tensor, count: int = 1, batch_size: int = 500) -> tuple[Tensor, Tensor]:
+def nearest(queries: Tensor, real: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
     """Euclidean distances and indices of the nearest rows of `real`, nearest first.
 
     Args:
@@ -97,7 +97,7 @@ def nearest(queries: Tensor, real: Tensor, count: int = 1, batch_size: int = 500
     real = real.flatten(1).float()
     squares = real.square().sum(1)
     found = []
-    for part in queries.split(batch_size):
+    for part in queries.split(500):
         part = part.flatten(1).float()
         found.append((squares - 2 * part @ real.T).topk(count, largest=False).indices)
     indices = torch.cat(found)

@@ -16,8 +16,8 @@ from utils.sharding import split_like, whole
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)       # quintic a s + b s^3 + c s^5: drives singular values to about 1 in 5 steps
 
 
-def orthogonalize(matrices: Tensor, num_steps: int = 5) -> Tensor:
-    """Approximate U V^T of each matrix U S V^T, by Newton-Schulz. matrices: (N, rows, columns); same shape out.
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Approximate U V^T of each matrix U S V^T, by five steps of Newton-Schulz. matrices: (N, rows, columns); same shape out.
 
     bfloat16 on CUDA, where it is several times faster and precise enough; float32 elsewhere.
     """
@@ -27,7 +27,7 @@ def orthogonalize(matrices: Tensor, num_steps: int = 5) -> Tensor:
     if wide:                                                # so that x x^T is the smaller product
         x = x.mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(num_steps):
+    for _ in range(5):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if wide else x

@@ -48,10 +48,10 @@ def muon_every(count: int) -> None:
     """Momenta are orthogonalised in every count-th update; between, the last result is applied again."""
     plain, calls, kept = optim.orthogonalize, Counter(), {}
 
-    def orthogonalize(matrices: Tensor, *args: int) -> Tensor:
+    def orthogonalize(matrices: Tensor) -> Tensor:
         shape = matrices.shape                              # one stack of each shape in an update
         if calls[shape] % count == 0:
-            kept[shape] = plain(matrices, *args)
+            kept[shape] = plain(matrices)
         calls[shape] += 1
         return kept[shape]
 
