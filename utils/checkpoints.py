@@ -3,6 +3,7 @@
     checkpoints/step_00001000/
         ema.safetensors         averaged weights, which are sampled, evaluated, released, and taught by
         raw.safetensors         the weights being trained
+        target.safetensors      what makes the student's part of targets, if that is not the student itself (--target)
         training.pt             optimizer and counters
 
 A safetensors file carries the network's architecture and the run's config in its metadata, so one file is enough to
@@ -159,7 +160,7 @@ def save_checkpoint(folder: Path, step: int, networks: Mapping[str, Mapping[str,
 
     Args:
         folder: the run's checkpoint folder.
-        networks: file name to weights by name: "ema" and "raw".
+        networks: file name to weights by name: "ema", "raw" and, of a student with other targets than its own, "target".
         training: optimizer states and counters: tensors and plain values only.
         metadata: "kind", "architecture", "config", ...; see `read_weights`.
 

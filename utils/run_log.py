@@ -58,7 +58,7 @@ class Run:
     """One run's folder and everything written to it; on ranks above 0 nothing is written and nothing printed.
 
     Args:
-        config: the script's Config; `steps`, `results_dir`, `name`, `comet` and `global_batch_size` are used here.
+        config: the script's Config, a `utils.config.RunConfig`.
         stage: "teacher" or "student".
         ranks: this process among all.
         images: what is learned from; a run goes on with the images and classes that it began with.
