@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 
 import tyro
 
+from utils.checkpoints import flush
 from utils.recipes import TEACHER
 from utils.times import parse_law
 
@@ -170,6 +171,7 @@ def write_text(path: Path, text: str) -> None:
     """Write through a temporary file, so that a crash leaves the old or the new text."""
     temporary = path.with_name(f".{path.name}.writing")
     temporary.write_text(text)
+    flush(temporary)
     os.replace(temporary, path)
 
 

@@ -7,7 +7,6 @@ V = 2: the latents of an image and of its mirror image, which is not the mirrore
 """
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from utils.checkpoints import fingerprint, flush, write_tensors
-from utils.config import differences, is_vacant
+from utils.config import differences, is_vacant, write_text
 from utils.folders import chunked
 
 FORMAT = "splitmeanflow-latents/1"
@@ -133,11 +132,8 @@ def begin(folder: Path, description: dict[str, Any]) -> None:
 
 
 def write_description(folder: Path, description: dict[str, Any], name: str) -> None:
-    """Write latents.json or preparing.json, through a temporary file."""
-    temporary = folder / f".{name}.writing"
-    temporary.write_text(json.dumps(description, indent=2) + "\n")
-    flush(temporary)
-    os.replace(temporary, folder / name)
+    """Write latents.json or preparing.json."""
+    write_text(folder / name, json.dumps(description, indent=2) + "\n")
 
 
 def finish(folder: Path, description: dict[str, Any]) -> None:
