@@ -212,6 +212,13 @@ def test_release_with_a_class_name_that_is_not_utf8(results, tmp_path):
     assert SplitMeanFlowPipeline.from_pretrained(tmp_path / "hub").classes[0] == "caf\udce9"
 
 
+def test_the_card_of_a_network_of_latents(results, tmp_path):
+    weights, metadata = read_weights(resolve_weights(results / "student-digits"))
+    write_weights(tmp_path / "student.safetensors", weights, metadata | {"autoencoder": {"source": "vae"}})
+    release.main([str(tmp_path / "student.safetensors"), str(tmp_path / "hub")])
+    assert "latents 8 x 8 x 1, 10 classes" in (tmp_path / "hub/README.md").read_text()
+
+
 def test_release_of_a_run_whose_last_row_is_torn(results, tmp_path):
     """As of a full disk; its checkpoints are whole, and the row before says what the card needs."""
     run = tmp_path / "run"

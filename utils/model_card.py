@@ -72,7 +72,8 @@ def model_card(name: str, metadata: dict[str, Any], weights: str, run: Path, eva
              "tags": ["splitmeanflow", "flow-matching", "diffusion-transformer", *(["few-step"] if student else [])]}
     if config["data"] in ("mnist", "cifar10"):
         front["datasets"] = [config["data"]]
-    size = f"{architecture['image_size']} x {architecture['image_size']} x {architecture['num_channels']}"
+    size = "latents" if metadata.get("autoencoder") else "images"
+    size += f" {architecture['image_size']} x {architecture['image_size']} x {architecture['num_channels']}"
     classes = metadata["classes"]
     more = f" with {architecture['extra_blocks']} more blocks" if "extra_blocks" in architecture else ""
     more += ", a share of its input in its output" if architecture.get("input_skip") else ""
@@ -86,7 +87,7 @@ def model_card(name: str, metadata: dict[str, Any], weights: str, run: Path, eva
     return "\n".join([
         "---", ModelCardData(**front).to_yaml().strip(), "---", "", f"# {name}", "",
         f"{what} Method: [SplitMeanFlow, arXiv 2507.16884](https://arxiv.org/abs/2507.16884). t = 0 is data, t = 1 is noise.", "",
-        f"Network {architecture['preset']}{more}, images {size}, "
+        f"Network {architecture['preset']}{more}, {size}, "
         + (f"{len(classes)} classes: {', '.join(classes)}." if classes else "unconditional."), "",
         "## Use", "", USE.format(name=name, call=call + (", num_inference_steps=1" if student else "")), "",
         "## Numbers", "", numbers, "",
