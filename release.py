@@ -46,12 +46,12 @@ def mean_of(sources: Sequence[Path]) -> tuple[dict[str, Tensor], dict[str, Any]]
         The weights and the metadata of the first, in which "mean_of" lists the ids of all.
 
     Raises:
-        ValueError: one is of another kind, architecture, teacher, autoencoder, classes, data or guidance than the first.
+        ValueError: one is of another kind, architecture, teacher, autoencoder, classes, data or, of students, guidance than the first.
     """
     def same(metadata: dict[str, Any]) -> dict[str, Any]:
-        config = metadata["config"]
+        learned = ("data", "guidance_scale", "guidance_interval") if metadata["kind"] == "student" else ("data",)  # a teacher's is of grids
         return ({key: metadata.get(key) for key in ("kind", "architecture", "teacher", "autoencoder", "classes")}
-                | {key: config.get(key) for key in ("data", "guidance_scale", "guidance_interval")})
+                | {key: metadata["config"].get(key) for key in learned})
 
     networks, metadata = zip(*(load_network(source, build_network) for source in sources), strict=True)
     for source, other in zip(sources[1:], metadata[1:], strict=True):

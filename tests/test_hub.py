@@ -261,6 +261,9 @@ def test_release_of_a_mean(results, tmp_path):
         write_weights(tmp_path / "other.safetensors", weights, metadata | change)
         with pytest.raises(ValueError, match=f"other.safetensors has {said}: their mean means nothing"):
             release.main([str(run), str(tmp_path / "x.safetensors"), "--mean-with", str(tmp_path / "other.safetensors")])
+    weights, metadata = read_weights(resolve_weights(results / "teacher-digits"))          # whose guidance is that of its sample grids
+    write_weights(tmp_path / "other.safetensors", weights, {**metadata, "config": {**metadata["config"], "guidance_scale": [9.0]}})
+    release.main([str(results / "teacher-digits"), str(tmp_path / "t.safetensors"), "--mean-with", str(tmp_path / "other.safetensors")])
     with pytest.raises(FileNotFoundError):
         release.main([str(run), str(tmp_path / "x.safetensors"), "--mean-with", str(tmp_path / "nothing")])
     assert not (tmp_path / "x.safetensors").exists()
