@@ -210,8 +210,8 @@ class DiT(Transformer):
         self.interval_embed = TimeEmbedding(size.width) if interval else None
         self.label_embed = nn.Embedding(num_classes + 1, size.width)
         self.augment_embed = nn.Linear(augment_dim, size.width, bias=False) if augment_dim else None
-        self.architecture |= self.add_student_parts(extra_blocks, input_skip, size.width, num_channels)
-        self.architecture |= self.hear_guidance(guidance_range, guidance_scale, size.width)
+        self.add_student_parts(extra_blocks, input_skip, size.width, num_channels)
+        self.hear_guidance(guidance_range, guidance_scale, size.width)
         self.blocks = nn.ModuleList(Block(size.width, size.num_heads, rank) for _ in range(size.depth + extra_blocks))
         self.final = Final(size.width, patch_size**2 * num_channels, rank)
         cos, sin = rotary_table(self.grid_size, size.width // size.num_heads)

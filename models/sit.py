@@ -189,8 +189,8 @@ class SiT(Transformer):
         self.time_embed = ForeignTimeEmbedding(size.width)
         self.interval_embed = TimeEmbedding(size.width) if interval else None
         self.label_embed = nn.Embedding(num_classes + 1, size.width)
-        self.architecture |= self.add_student_parts(extra_blocks, input_skip, size.width, num_channels)
-        self.architecture |= self.hear_guidance(guidance_range, guidance_scale, size.width)
+        self.add_student_parts(extra_blocks, input_skip, size.width, num_channels)
+        self.hear_guidance(guidance_range, guidance_scale, size.width)
         self.blocks = nn.ModuleList(Block(size.width, size.num_heads) for _ in range(size.depth + extra_blocks))
         self.final = Final(size.width, patch_size**2 * num_channels)
         self.init_weights()

@@ -90,11 +90,9 @@ class Transformer(nn.Module, HubModel):
         for part in (*self.stacks, self.final):
             part.compile(dynamic=False)
 
-    def add_student_parts(self, extra_blocks: int, input_skip: bool, width: int, num_channels: int) -> dict[str, Any]:
-        """Make a student's `InputSkip`, if it has one, and check its extra blocks. For constructors, which make the blocks.
-
-        Returns:
-            What to add to the architecture.
+    def add_student_parts(self, extra_blocks: int, input_skip: bool, width: int, num_channels: int) -> None:
+        """Make a student's `InputSkip`, if it has one, and check its extra blocks; both are added to the architecture. For constructors,
+        which make the blocks.
 
         Raises:
             ValueError: a negative number of blocks, or a teacher's network.
@@ -104,7 +102,7 @@ class Transformer(nn.Module, HubModel):
         if (extra_blocks or input_skip) and self.interval_embed is None:
             raise ValueError(f"extra_blocks {extra_blocks}, input_skip {input_skip}: only a student's network (interval=True) has them")
         self.input_skip = InputSkip(width, num_channels) if input_skip else None
-        return {**({"extra_blocks": extra_blocks} if extra_blocks else {}), **({"input_skip": True} if input_skip else {})}
+        self.architecture |= {**({"extra_blocks": extra_blocks} if extra_blocks else {}), **({"input_skip": True} if input_skip else {})}
 
     def spread_blocks(self, weights: Mapping[str, Tensor], depth: int) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         """Spread the weights of a network of `depth` such blocks, no more than here, over this one: evenly, in their order.
@@ -121,27 +119,25 @@ class Transformer(nn.Module, HubModel):
             renamed[name] = weight
         return renamed, tuple(f"blocks.{i}." for i in range(len(self.blocks)) if i not in places)
 
-    def hear_guidance(self, guidance_range: Sequence[float] | None, guidance_scale: float, width: int) -> dict[str, Any]:
-        """Give a student an input for its guidance scale, if there is a range to choose from. For constructors.
+    def hear_guidance(self, guidance_range: Sequence[float] | None, guidance_scale: float, width: int) -> None:
+        """Give a student an input for its guidance scale, if there is a range to choose from; both are added to the architecture. For
+        constructors.
 
         Args:
             guidance_range: lowest and highest scale, at least 1. guidance_scale: the default.
-
-        Returns:
-            What to add to the architecture.
 
         Raises:
             ValueError: an invalid range, or a scale outside it.
         """
         self.guidance_embed = None
         if guidance_range is None:
-            return {}
+            return
         low, high = guidance_range
         if not 1 <= low <= guidance_scale <= high < math.inf or low == high:
             raise ValueError(f"guidance range {low} to {high} with scale {guidance_scale}: needs 1 <= low <= scale <= high, and low < high")
         self.guidance_range, self.guidance_scale = (low, high), guidance_scale
         self.guidance_embed = TimeEmbedding(width, highest_frequency=OF_GUIDANCE)
-        return {"guidance_range": [low, high], "guidance_scale": guidance_scale}
+        self.architecture |= {"guidance_range": [low, high], "guidance_scale": guidance_scale}
 
     def told_guidance(self, guidance_scale: Tensor | None, t: Tensor) -> Tensor | None:
         """What to add to a condition, (B, D), if anything. guidance_scale: of each row, (B,), or None for the default; t: (B,).
