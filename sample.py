@@ -63,10 +63,8 @@ class Config:
 
 def in_the_way(folder: Path, counts: Sequence[int], formats: Sequence[str]) -> Path | None:
     """What is in a folder already of what would be written there; single PNGs are a folder, which may be there if it is empty."""
-    for path in (folder / f"{n}step{ENDINGS[name]}" for n in counts for name in formats):
-        if not is_vacant(path):
-            return path
-    return None
+    paths = (folder / f"{n}step{ENDINGS[name]}" for n in counts for name in formats)
+    return next((path for path in paths if not is_vacant(path)), None)
 
 
 def chosen_classes(asked: Sequence[str], classes: list[str]) -> list[int]:
