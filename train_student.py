@@ -66,7 +66,7 @@ class Config(RunConfig):
     boundary_share: float = 0.25                # share of each batch for the boundary condition; the rest is for interval splitting
     first_leg: Leg = "midpoint"                 # first leg of a target, from t to s: by the student (self), or a step of the teacher's ODE
     last_leg: Leg = "self"                      # last leg of a target, from s to r: as --first-leg; one of the two must be self
-    lam_law: str = "constant(0.3)"              # share of the teacher's leg, or lam if none: uniform, constant(c), anneal(start, end, over)
+    lam_law: str = "constant(0.2)"              # share of the teacher's leg, or lam if none: uniform, constant(c), anneal(start, end, over)
     t_law: str = "logit-normal(-0.6, 1.6)"      # distribution of t: uniform, or logit-normal(loc, scale)
     r_law: str = "logit-normal(-4, 1.6)"        # distribution of r: as --t-law
     pinned_share: float = 0.6                   # share of the intervals that are pinned at those used in sampling, rather than drawn

@@ -24,7 +24,7 @@ class Config(evaluate.Config):
     guidance_scale: tuple[float, ...] = (2.0,)  # of the teacher's velocity, a row each
     first_leg: Leg = "midpoint"                 # as for train_student.py: one of the two is the teacher's
     last_leg: Leg = "self"
-    share: tuple[float, ...] = (0.3,)           # of the interval that this leg takes, a row each
+    share: tuple[float, ...] = (0.2,)           # of the interval that this leg takes, a row each
     least: float = 0.02                         # below this length one step takes all that remains
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ TEACHER = {
                    warmup_steps=30, sample_every=480, save_every=480),
 }
 
-MIDPOINT = dict(first_leg="midpoint", lam_law="constant(0.3)", pinned_share=0.6, boundary_share=0.25, edge_weight=4.0,
+MIDPOINT = dict(first_leg="midpoint", lam_law="constant(0.2)", pinned_share=0.6, boundary_share=0.25, edge_weight=4.0,
                 lr=7e-4, muon_lr=0.014, decay_share=0.8)
 EULER = dict(first_leg="euler", lam_law="anneal(0.3, 0.05, 0.8)", pinned_share=0.15, boundary_share=0.5, edge_weight=0.0,
              lr=5e-4, muon_lr=0.01, decay_share=0.4)
