@@ -131,8 +131,9 @@ def rows_of(network: DiT | SiT, student: bool, cfg: Config) -> list[tuple[str, i
     interval = cfg.guidance_interval
     where = "" if interval == (0, 1) else " at {:g} to {:g}".format(*interval)
     evaluations = {"euler": lambda n: n, "heun": lambda n: 2 * n - 1}[cfg.method]
-    return [(f"{n} {cfg.method.title()} steps, guidance {w}{where if w != 1 else ''}", evaluations(n) * (1 if w == 1 else 2), w,
-             partial(sample_velocity, guided_velocity(network.velocity, network.null_class, w, interval), num_steps=n, method=cfg.method))
+    return [(f"{n} {cfg.method.title()} step{'s' * (n > 1)}, guidance {w}{where if w != 1 else ''}", evaluations(n) * (1 if w == 1 else 2),
+             w, partial(sample_velocity, guided_velocity(network.velocity, network.null_class, w, interval), num_steps=n,
+                        method=cfg.method))
             for n in cfg.num_steps or (25,) for w in cfg.guidance_scale or (1.0,)]
 
 

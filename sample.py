@@ -92,8 +92,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     u = network.at_guidance(cfg.guidance_scale) if student else None
     if student and (cfg.method, cfg.guidance_interval) != ("euler", (0.0, 1.0)):
         raise ValueError("--method and --guidance-interval are a teacher's: a student has its guidance inside, and jumps")
-    if cfg.guidance_scale not in (None, 1) and not metadata["classes"]:
-        raise ValueError(f"--guidance-scale {cfg.guidance_scale}: this network has no classes to guide to; use 1")
+    if cfg.guidance_scale not in (None, 1) and len(metadata["classes"]) < 2:
+        raise ValueError(f"--guidance-scale {cfg.guidance_scale}: guidance needs at least 2 classes, and this network has "
+                         f"{len(metadata['classes'])}; use 1")
     if not student and cfg.renoise:
         raise ValueError("--renoise True: only a student can jump to the data")
     chosen = torch.tensor(chosen_classes(cfg.classes, metadata["classes"]))

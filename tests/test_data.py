@@ -57,6 +57,10 @@ def test_errors_of_held_out_images_name_their_flag(tmp_path):
     for path, message in (("nowhere", "no such data set"), (str(tmp_path), "holds no image"), (__file__, "neither a folder")):
         with pytest.raises(ValueError, match=f"^--held-out {re.escape(path)}.*{message}"):
             load_held_out(load_images("digits"), path)
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat/0.png").write_bytes(b"not decoded")    # the classes are told before an hour of decoding
+    with pytest.raises(ValueError, match=rf"^--held-out {re.escape(str(tmp_path))} has classes \['cat'\]; --data digits has \['0', "):
+        load_held_out(load_images("digits"), str(tmp_path))
 
 
 @pytest.mark.parametrize("error", [RuntimeError("Error downloading train-images-idx3-ubyte.gz"), URLError("no route to host")])

@@ -4,9 +4,11 @@ import json
 import shutil
 
 import pytest
-from runs import make_images
+from runs import COMMON, make_images
 
+import train_student_mnist
 import train_teacher
+from utils.checkpoints import read_weights, step_folders, write_weights
 from utils.run_log import Run
 
 
@@ -46,3 +48,22 @@ def test_a_torn_config_is_named_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match=rf"{file} is torn or no JSON .*; repair it, or move its folder away"):
         train_teacher.main(["--data", "digits", "--device", "cpu", "--comet", "off", "--results-dir", str(tmp_path)])
     assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_student_goes_on_with_its_own_teacher_alone(results, tmp_path, monkeypatch):
+    """Its copy is gone, and another teacher is the newest by then."""
+    own = [*COMMON, "--results-dir", str(tmp_path)]
+    shutil.copytree(results / "teacher-digits", tmp_path / "teacher-digits")
+    monkeypatch.setattr(Run, "asked_to_stop", lambda self, step, stop: step == 2)
+    train_student_mnist.main(own)
+    monkeypatch.undo()
+    copy = tmp_path / "student-digits/teacher.safetensors"
+    copy.rename(tmp_path / "aside")
+    weights, metadata = read_weights(tmp_path / "aside")
+    write_weights(step_folders(tmp_path / "teacher-digits/checkpoints")[-1] / "ema.safetensors",
+                  {name: weight + 1 for name, weight in weights.items()}, metadata)
+    with pytest.raises(ValueError, match=rf"learns from teacher \w{{8}}, and its own copy of it is gone; found was \w{{8}}. .*{copy}"):
+        train_student_mnist.main(own)
+    (tmp_path / "aside").rename(copy)
+    train_student_mnist.main(own)
+    assert step_folders(tmp_path / "student-digits/checkpoints")[-1].name == "step_00000006"

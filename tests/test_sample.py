@@ -10,7 +10,7 @@ from runs import ROOT
 
 import sample
 from models import DiT
-from utils.checkpoints import write_weights
+from utils.checkpoints import read_weights, resolve_weights, write_weights
 
 
 def test_sample(results, tmp_path, capsys):
@@ -85,6 +85,10 @@ def test_sample_errors(results, tmp_path, arguments, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         sample.main([str(results / arguments[0]), *arguments[1:], "--out", str(tmp_path / "x"), "--device", "cpu"])
     assert not (tmp_path / "x").exists()
+    weights, metadata = read_weights(resolve_weights(results / "teacher-digits"))
+    write_weights(tmp_path / "one.safetensors", weights, metadata | {"classes": ["cat"]})
+    with pytest.raises(ValueError, match="--guidance-scale 2.0: guidance needs at least 2 classes, and this network has 1; use 1"):
+        sample.main([str(tmp_path / "one.safetensors"), "--guidance-scale", "2", "--out", str(tmp_path / "x"), "--device", "cpu"])
     with pytest.raises(ValueError, match="--guidance-scale nan: must be a number"):
         sample.Config("x", guidance_scale=float("nan"))
     for file in (__file__, f"{__file__}/images"):

@@ -149,6 +149,12 @@ def test_unknown_device(device):
         distributed.start(device)
 
 
+def test_one_device_for_several_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="--device cuda:1: 2 processes would share it"):
+        distributed.start("cuda:1")
+
+
 OWN = ["--image-size", "16", "--steps", "2", "--global-batch-size", "16", "--log-every", "1", "--comet", "off", "--device", "cpu"]
 
 

@@ -183,11 +183,14 @@ def load_held_out(images: Images, path: str | None, data_root: str = "data", num
     Raises:
         ValueError: the held-out images have other classes or another shape.
     """
+    def check(classes: list[str]) -> None:
+        if classes != images.classes:
+            raise ValueError(f"--held-out {path} has classes {classes}; --data {images.name} has {images.classes}")
+
     if path is not None:
-        held_out = load_images(path, data_root, images.shape[-1], num_workers, images.shape[0], flag="--held-out")
-        if held_out.classes != images.classes or held_out.shape != images.shape:
-            raise ValueError(f"--held-out {path} has classes {held_out.classes} and shape {held_out.shape}; "
-                             f"--data {images.name} has {images.classes} and {images.shape}")
+        held_out = load_images(path, data_root, images.shape[-1], num_workers, images.shape[0], check, "--held-out")
+        if held_out.shape != images.shape:
+            raise ValueError(f"--held-out {path} has shape {held_out.shape}; --data {images.name} has {images.shape}")
         return images, held_out
     if images.name in ("mnist", "cifar10"):
         pixels, labels, _ = load_torchvision(images.name, data_root, train=False)

@@ -99,7 +99,7 @@ def start(device: str, shard: bool = False) -> Ranks:
         shard: whether networks are to be split among the processes (`utils.sharding`).
 
     Raises:
-        ValueError: no such device, CUDA is asked for where there is none, or there is one process and nothing to split among.
+        ValueError: no such device, one for several processes, CUDA where there is none, or one process and nothing to split among.
     """
     world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     if shard and world_size == 1:
@@ -110,6 +110,8 @@ def start(device: str, shard: bool = False) -> Ranks:
         chosen = None
     if chosen is None or chosen.type not in ("cuda", "cpu"):
         raise ValueError(f"--device {device}: must be auto, cuda, cuda:1, ..., or cpu")
+    if chosen.index is not None and world_size > 1:
+        raise ValueError(f"--device {device}: {world_size} processes would share it; with cuda each has its own")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: this machine has no CUDA device; use --device cpu")
     if chosen.type == "cuda":

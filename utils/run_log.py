@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils import distributed
-from utils.checkpoints import is_finished, read_latest, read_metadata, save_checkpoint, write_weights
+from utils.checkpoints import is_finished, read_latest, read_metadata, save_checkpoint, step_folders, write_weights
 from utils.config import ADDED_LATER, differences, is_vacant, read_config, to_dict, write_text
 from utils.data import Images
 from utils.distributed import Ranks, device_name
@@ -115,9 +115,13 @@ class Run:
 
         Raises:
             CheckpointError: none is good.
-            ValueError: the ranks would not go on from the same place.
+            ValueError: the ranks would not go on from the same place, or it learnt from another teacher.
         """
         found = read_latest(self.checkpoints, names, self.note)
+        newest = step_folders(self.checkpoints)[-1:]        # the one that was read
+        if newest and (other := read_metadata(newest[0] / "ema.safetensors").get("teacher", teacher_id)) != teacher_id:
+            raise ValueError(f"{self.folder} learns from teacher {other}, and its own copy of it is gone; found was {teacher_id}. Put the "
+                             f"former back as {self.folder / 'teacher.safetensors'}")
         self.ranks.check_same("the number of updates done", found[1]["step"] if found else 0)
         self.ranks.check_same("the hash of the teacher's weights", int(teacher_id, 16), "x")
         self.ranks.check_same("the number of images", self.description["images"])
