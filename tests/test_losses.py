@@ -160,13 +160,19 @@ ALL_LEGS = [("self", "self"), *ANCHORED]
 
 @pytest.mark.parametrize("legs", ALL_LEGS)
 def test_student_loss_is_the_two_losses(legs):
+    """In value and in gradient, of which the teacher gets none."""
     z_t, r, t, share, y = batch()
-    u, n = Linear(), 24
-    parts = student_loss(u, u, ORACLE.v, z_t, r, t, share, y, n, *legs)
+    u, teacher, n = Linear(), Linear(), 24
+    v = lambda z, t, y: 2 * teacher(z, t, t, y)                                              # noqa: E731
+    parts = student_loss(u, u, v, z_t, r, t, share, y, n, *legs)
     rest = (z_t[n:], r[n:], t[n:], share[n:], y[n:])
-    splitting = interval_splitting_loss(u, *rest) if legs == ("self", "self") else anchored_splitting_loss(u, ORACLE.v, *rest, *legs)
-    torch.testing.assert_close(parts.boundary, boundary_loss(u, ORACLE.v, z_t[:n], t[:n], y[:n]), rtol=1e-12, atol=0)
-    torch.testing.assert_close(parts.splitting, splitting, rtol=1e-12, atol=0)
+    splitting = interval_splitting_loss(u, *rest) if legs == ("self", "self") else anchored_splitting_loss(u, v, *rest, *legs)
+    for found, wanted in zip(parts, (boundary_loss(u, v, z_t[:n], t[:n], y[:n]), splitting), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+        gradients = [torch.autograd.grad(loss.mean(), u.w, retain_graph=True)[0] for loss in (found, wanted)]
+        torch.testing.assert_close(*gradients, rtol=1e-12, atol=0)
+        wanted.mean().backward(retain_graph=True)
+    assert teacher.w.grad is None
 
 
 @pytest.mark.parametrize("shares", [[1.0], [0.5, 0.5], [0.7, 0.2, 0.1]])
@@ -208,6 +214,9 @@ def test_gradient_reaches_only_the_prediction(legs):
     """The gradient equals that of the squared error to a constant; teacher and target network get none."""
     z_t, r, t, share, y = batch()
     u, target_network, teacher = Linear(), Linear(), Linear()
+    with torch.no_grad():
+        target_network.w.mul_(2)                            # no two are alike
+        teacher.w.mul_(3)
     v = lambda z, t, y: teacher(z, t, t, y)                                                  # noqa: E731
     parts = student_loss(u, target_network, v, z_t, r, t, share, y, 24, *legs)
     torch.cat(parts).mean().backward()
