@@ -10,6 +10,7 @@ Y = torch.arange(3).repeat(10_000)
 def test_guidance_in_words():
     assert guidance_in_words({"guidance_scale": 1.3, "guidance_interval": [0.0, 1.0]}) == "1.3"
     assert guidance_in_words({"guidance_scale": 2.0, "guidance_interval": (0.2, 0.8)}) == "2 at times 0.2 to 0.8"
+    assert guidance_in_words({"guidance_scale": 2.0, "guidance_interval": (0.0, 0.8)}) == "2 at times 0 to 0.8"
     told = {"guidance_scale": 2.0, "guidance_interval": (0.2, 0.8), "guidance_range": [1.5, 3.0]}
     assert guidance_in_words(told) == "2 (or any from 1.5 to 3) at times 0.2 to 0.8"
     assert guidance_in_words({**told, "guidance_range": None}) == "2 at times 0.2 to 0.8"

@@ -44,7 +44,7 @@ def test_trajectory():
     for state, t in zip(states, (1, 0.75, 0.5, 0.25, 0)):
         torch.testing.assert_close(state, ORACLE.flow(Z, torch.full((8,), t).double(), torch.ones(8).double()))
     states = sample_velocity(ORACLE.v, Z, Y, 3, trajectory=True)
-    assert torch.equal(states[-1], sample_velocity(ORACLE.v, Z, Y, 3))
+    assert torch.equal(states[-1], sample_velocity(ORACLE.v, Z, Y, 3, "euler"))
     states = sample_velocity(ORACLE.v, Z, Y, 3, "heun", trajectory=True)
     assert len(states) == 4 and torch.equal(states[0], Z) and torch.equal(states[-1], sample_velocity(ORACLE.v, Z, Y, 3, "heun"))
 
@@ -56,10 +56,17 @@ def test_renoising_keeps_the_distribution():
     x = sample_average_velocity(ORACLE.u, z, y, 4, renoise=torch.Generator().manual_seed(2))
     assert x.std().item() == pytest.approx(ORACLE.sd, rel=0.01)
     assert abs((x * z).mean()) < 0.45 * ORACLE.sd
+    assert torch.equal(x, sample_average_velocity(ORACLE.u, z, y, 4, renoise=torch.Generator().manual_seed(2)))
     assert torch.equal(sample_average_velocity(ORACLE.u, z, y, 1, renoise=torch.Generator()), sample_average_velocity(ORACLE.u, z, y, 1))
 
 
-@pytest.mark.parametrize("bad", [0, -1, (1, 0.5), (0, 1), (1, 0.5, 0.5, 0), (1,)])
+def test_samples_carry_no_gradient():
+    factor = torch.ones((), dtype=torch.float64, requires_grad=True)
+    assert not sample_velocity(lambda *args: factor * ORACLE.v(*args), Z, Y, 2, "heun").requires_grad
+    assert not sample_average_velocity(lambda *args: factor * ORACLE.u(*args), Z, Y, 2, renoise=torch.Generator()).requires_grad
+
+
+@pytest.mark.parametrize("bad", [0, -1, (1, 0.5), (0, 1), (1, 0.5, 0.5, 0), (1,), ()])
 def test_bad_grids(bad):
     with pytest.raises(ValueError, match="step|grid"):
         time_grid(bad)

@@ -49,6 +49,12 @@ def test_unpinned_intervals_are_two_sorted_independent_draws(draw):
     assert torch.stack([r, t]).cov()[0, 1].item() == pytest.approx(1 / 36, rel=0.1)
 
 
+def test_each_of_the_two_draws_has_its_own_law(draw):
+    r, t = intervals(draw, 0, t_law="logit-normal(2, 0.1)", r_law="logit-normal(-4, 0.1)")
+    for times, loc in ((r, -4), (t, 2)):
+        assert times.double().logit().mean().item() == pytest.approx(loc, abs=0.01)
+
+
 @pytest.mark.parametrize(
     ("step_counts", "expected"),
     [
@@ -79,7 +85,7 @@ def test_a_number_of_steps_named_twice_is_pinned_twice_as_often(draw):
     torch.testing.assert_close(counts / NUM, torch.tensor([0.25, 0.5, 0.25]), rtol=0, atol=0.01)
 
 
-@pytest.mark.parametrize(("pinned_steps", "expected"), [((1, 2), 20), ((1, 1, 2), 30), ((2, 4), 0), ((1,), 60)])
+@pytest.mark.parametrize(("pinned_steps", "expected"), [((1, 2), 20), ((1, 1, 2), 30), ((2, 4), 0), ((1,), 60), ((1, 2, 4), 9)])
 def test_how_many_are_whole(pinned_steps, expected):
     assert count_whole(100, 0.6, pinned_steps) == expected
 
@@ -104,6 +110,11 @@ def test_nothing_pinned(draw):
     assert pinned_counts(*intervals(draw, 0)).sum() == 0
 
 
+def test_pins_leave_the_other_rows_as_they_were():
+    plain, some = (torch.stack(intervals(torch.Generator().manual_seed(0), share)) for share in (0, 0.3))
+    assert (plain == some).all(0).float().mean().item() == pytest.approx(0.7, abs=0.01)
+
+
 def test_each_row_has_its_own_coin(draw):
     """Whether a row is pinned tells nothing about its neighbour, nor about its place in the batch."""
     r, t = intervals(draw, 0.5)
@@ -116,6 +127,13 @@ def test_uniform_lam(draw):
     lam = draw_lam(NUM, "uniform", 0.3, draw)
     assert lam.mean().item() == pytest.approx(1 / 2, abs=0.01)
     assert lam.var().item() == pytest.approx(1 / 12, rel=0.03)
+
+
+def test_lam_is_never_zero_but_may_be_one(monkeypatch):
+    """A loss is divided by it. `torch.rand` may give 0, and never gives 1."""
+    monkeypatch.setattr(torch, "rand", lambda num, **_: torch.zeros(num))
+    assert draw_lam(1, "uniform", 0, torch.Generator()) == 1
+    assert parse_law("anneal(1, 0.1, 1)", LAM_LAWS) == ("anneal", (1.0, 0.1, 1.0))
 
 
 @pytest.mark.parametrize("progress", [0, 0.5, 1])
