@@ -7,6 +7,5 @@ def learning_rate_factor(step: int, num_steps: int, warmup_steps: int, decay_sha
     The decay takes the last `decay_share` of all steps and ends just above zero, so that no update is wasted.
     """
     warmup = min(1.0, step / max(warmup_steps, 1))
-    decay_steps = decay_share * num_steps
-    decay = min(1.0, (num_steps - step + 1) / decay_steps) if decay_steps >= 1 else 1.0
+    decay = min(1.0, (num_steps - step + 1) / max(decay_share * num_steps, 1))
     return min(warmup, decay)
