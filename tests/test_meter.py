@@ -31,3 +31,23 @@ def test_a_bad_part_is_enough():
     assert meter.record(1, loss=torch.tensor(1.0), norm=torch.tensor(float("inf")))
     with pytest.raises(NonFiniteError, match=r"step 1 .*loss=1, norm=inf"):
         meter.read()
+
+
+def test_other_ranks_count_and_the_first_bad_step_of_any_is_named(monkeypatch):
+    def read_both(*steps_and_losses):
+        """Two meters, of which the second reads what the first would have sent."""
+        meters, sent = [Meter(["loss"], ONE) for _ in steps_and_losses], []
+        for meter, recorded in zip(meters, steps_and_losses):
+            for step, loss in recorded:
+                meter.record(step, loss=torch.tensor(loss))
+        monkeypatch.setattr(Ranks, "gather", lambda self, values: sent.append(values) or torch.zeros(1, len(values)))
+        meters[0].read()
+        monkeypatch.setattr(Ranks, "gather", lambda self, values: torch.stack([*sent, values]))
+        return meters[1].read()
+
+    nan = float("nan")
+    assert read_both([(1, 1.0), (2, 2.0)], [(1, 4.0), (2, 5.0)]) == {"loss": 3.0}
+    for first, second in ((3, 2), (2, 3), (None, 2), (2, None)):
+        recorded = [[(step, nan if step == bad else 1.0) for step in (1, 2, 3)] for bad in (first, second)]
+        with pytest.raises(NonFiniteError, match="step 2 is not finite"):
+            read_both(*recorded)

@@ -46,7 +46,7 @@ class Meter:
         Raises:
             NonFiniteError: some value was not finite; names the first such step and its values.
         """
-        gathered = self.ranks.gather(torch.cat([self.bad_step[None], self.bad_values, self.total / max(self.count, 1)])).tolist()
+        gathered = self.ranks.gather(torch.cat([self.bad_step[None], self.bad_values, self.total / self.count])).tolist()
         bad = min((row for row in gathered if row[0] > 0), default=None, key=lambda row: row[0])
         if bad is not None:
             parts = ", ".join(f"{name}={value:.6g}" for name, value in zip(self.names, bad[1:]))
