@@ -42,6 +42,14 @@ def test_orthogonalize(shape):
         torch.testing.assert_close(orthogonalize(matrix[None])[0], one, rtol=1e-4, atol=1e-5)
 
 
+def test_a_gradient_of_zero_or_none_moves_nothing():
+    weights = [torch.nn.Parameter(m) for m in matrices(0)]
+    before = [w.detach().clone() for w in weights]
+    weights[0].grad = torch.zeros_like(weights[0])
+    Muon(weights, lr=0.02).step()
+    assert all(torch.equal(w, b) for w, b in zip(weights, before))
+
+
 def network_with_gradients(value: float = 1e-3) -> DiT:
     torch.manual_seed(0)
     network = DiT("DiT-Nano/4", 8, 1, 10)
@@ -58,6 +66,9 @@ def test_muon_gets_the_blocks_matrices_and_adamw_the_rest():
     assert of_muon == {"attention.qkv.weight", "attention.out.weight", "mlp.hidden.weight", "mlp.out.weight"}
     assert len(muon.param_groups[0]["params"]) == 4 * 4
     assert len(adamw.param_groups[0]["params"]) + 16 == len(names)
+    adamw, muon = (part.param_groups[0] for part in Optimizer(network, "muon", 1e-3, 0.02, 0.3).parts)
+    assert (adamw["lr"], adamw["weight_decay"], adamw["betas"]) == (1e-3, 0.3, (0.9, 0.95))
+    assert (muon["lr"], muon["weight_decay"], muon["momentum"]) == (0.02, 0.3, 0.95)
     (alone,) = Optimizer(network, "adamw", 1e-3, 0.02).parts
     assert len(alone.param_groups[0]["params"]) == len(names)
 
@@ -75,14 +86,23 @@ def test_skip_leaves_every_weight_alone(value):
 
 
 def test_learning_rate_factor_scales_the_step():
+    """Whatever the factor of the step before."""
     moves = []
     for factor in (0.0, 0.5, 1.0):
         network = network_with_gradients()
         before = copy.deepcopy(network.state_dict())
-        Optimizer(network, "muon", 1e-3, 0.02).step(factor, skip=torch.tensor(False))
+        optimizer = Optimizer(network, "muon", 1e-3, 0.02)
+        optimizer.step(0.0, skip=torch.tensor(False))
+        optimizer.step(factor, skip=torch.tensor(False))
         moves.append(torch.cat([(p - before[name]).flatten() for name, p in network.named_parameters()]))
     assert moves[0].abs().max() == 0
     torch.testing.assert_close(2 * moves[1], moves[2], rtol=1e-3, atol=1e-6)
+
+
+def test_gradients_are_dropped():
+    network = network_with_gradients()
+    Optimizer(network, "muon", 1e-3, 0.02).zero_grad()
+    assert all(p.grad is None for p in network.parameters())
 
 
 def test_state_round_trip_is_exact():
