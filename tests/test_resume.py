@@ -42,9 +42,12 @@ def test_resume_is_bit_exact(stage, monkeypatch, tmp_path_factory):
     main, arguments, folder, names = stage
     monkeypatch.setattr(Run, "asked_to_stop", lambda self, step, stop: step == 3)
     main(arguments)
-    assert step_folders(folder / "checkpoints")[-1].name == "step_00000003"
+    stopped = step_folders(folder / "checkpoints")[-1]
+    assert stopped.name == "step_00000003"
+    torch.save({**read_checkpoint(stopped, names)[1], "seconds": 1e6}, stopped / "training.pt")
     monkeypatch.undo()
     main(arguments)
+    assert read_checkpoint(step_folders(folder / "checkpoints")[-1], names)[1]["seconds"] > 1e6         # the time goes on, too
     other = tmp_path_factory.mktemp("uninterrupted")
     main([*arguments[:-1], str(other)])
     assert_same(folder, other / folder.name, names)
