@@ -160,6 +160,15 @@ def test_released_weights_fit(name):
         assert metadata["teacher"] == weights_id(load_network(RELEASED / "teacher-cifar10.safetensors", build_network)[0])
 
 
+def test_a_released_student_gives_what_it_gave():
+    """Pinned (other weights, other numbers): a network that reads them in another way is spoiled, though every shape fits."""
+    student, _ = load_network(RELEASED / "student-mnist.safetensors", build_network)
+    z = torch.arange(2.0 * 28 * 28).sin().view(2, 1, 28, 28)
+    u = student(z, torch.tensor([0.0, 0.2]), torch.tensor([1.0, 0.7]), torch.tensor([3, 7]))
+    expected = torch.tensor([[0.24122, 0.02438, -0.58282, -1.34635], [1.98261, 2.76296, 2.23733, 0.52255]])
+    torch.testing.assert_close(u[:, 0, 14, 12:16], expected, rtol=0, atol=1e-3)
+
+
 def test_other_parts_are_another_run(run, results):
     flags = [*COMMON, "--results-dir", str(run.parent), "--teacher", str(results / "teacher-digits"), "--steps", "8"]
     with pytest.raises(ValueError, match="extra_blocks: 1, was 2"):
