@@ -38,6 +38,9 @@ def test_nothing_is_done_where_nothing_is_said():
     labels = torch.cat([NOTHING, turned(30), NOTHING])
     moved = augment(x, labels)
     assert torch.equal(moved[[0, 2]], x[[0, 2]]) and not torch.allclose(moved[1], x[1], atol=0.1)
+    assert moved.abs().max() <= 1                           # a bicubic overshoots
+    odd = torch.rand(1, 3, 27, 27) * 2 - 1                  # where interpolation itself would round
+    assert torch.equal(augment(odd, NOTHING), odd)
 
 
 @pytest.mark.parametrize("quarters", [1, 2, 3])
@@ -50,6 +53,26 @@ def test_shifts_by_whole_pixels_are_exact():
     shift = 2 / 16 / SHIFT                                  # two pixels of sixteen
     torch.testing.assert_close(augment(smooth(), told(x=shift))[..., :-2], smooth()[..., 2:], atol=1e-5, rtol=0)
     torch.testing.assert_close(augment(smooth(), told(y=shift))[..., :-2, :], smooth()[..., 2:, :], atol=1e-5, rtol=0)
+
+
+def test_what_lies_beyond_the_border_is_the_mirror_image():
+    shifted = augment(smooth(), told(x=2 / 16 / SHIFT))
+    torch.testing.assert_close(shifted[..., -2:], smooth()[..., -2:].flip(-1), atol=1e-5, rtol=0)
+
+
+def test_sharper_than_bilinear():
+    """Half a pixel there and back leaves a fine pattern, of eight pixels a wave, nearly as strong as it was."""
+    wave = torch.sin(2 * math.pi * torch.arange(32.0) / 8).expand(1, 1, 32, 32) * 0.9
+    back = augment(augment(wave, told(x=0.5 / 32 / SHIFT)), told(x=-0.5 / 32 / SHIFT))[..., 8:24]
+    assert back.std() / wave[..., 8:24].std() > 0.93
+
+
+def test_turned_after_it_is_stretched():
+    """Of a plane x, the pixel is taken from the stretched and then turned place: x doubled, then carried to y by a quarter turn."""
+    y, x = torch.meshgrid(*[(2 * torch.arange(16) + 1) / 16 - 1] * 2, indexing="ij")
+    label, inner = turned(90) + told(stretch_cos=5), slice(5, 11)
+    moved = augment(0.2 * torch.stack([x, y])[None], label)[0, :, inner, inner]
+    torch.testing.assert_close(moved, 0.2 * torch.stack([-0.5 * y, 2 * x])[:, inner, inner], atol=2e-3, rtol=0)
 
 
 def test_scale_and_stretch():
