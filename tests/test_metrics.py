@@ -93,6 +93,19 @@ def test_kernel_distance_is_unbiased():
     assert kernel_distance(normal(60, 8) + 1, normal(60, 8, 1)) > 20 * error
 
 
+def test_kernel_distance_of_all_there_are():
+    """Of sets below 1,000 each subset is the whole set: the mean over all pairs of different images of (x.y / D + 1)^3."""
+    a, b = normal(200, 8).float(), normal(200, 8, 1).float() + 0.5
+
+    def mean(x: Tensor, y: Tensor, same: bool) -> Tensor:
+        kernel = (x @ y.T / 8 + 1) ** 3
+        return (kernel.sum() - kernel.trace()) / (200 * 199) if same else kernel.mean()
+
+    expected = mean(a, a, True) + mean(b, b, True) - 2 * mean(a, b, False)
+    assert kernel_distance(a, b) == pytest.approx(expected.item(), rel=1e-3)
+    assert 0 < kernel_distance(a, b[:150])                          # the smaller set decides the size of the subsets
+
+
 def test_precision_and_recall_on_made_sets():
     left, right = normal(200, 8), normal(200, 8, 1) + 100
     both = torch.cat([left, right])
@@ -113,8 +126,8 @@ def test_nearest_finds_neighbours_in_order():
     distances, indices = nearest(torch.tensor([[0.0, 1], [9, 0]]), real, 2)
     assert indices.tolist() == [[0, 2], [1, 0]]
     assert torch.allclose(distances, torch.tensor([[1.0, 2], [1, 9]]))
-    pixels = torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    assert nearest(pixels[5:7], pixels)[1].flatten().tolist() == [5, 6]
+    pixels = torch.randint(0, 256, (600, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert nearest(pixels, pixels)[1].flatten().tolist() == list(range(600))                # in several parts
 
 
 def test_memorisation_sees_copies():
@@ -125,6 +138,16 @@ def test_memorisation_sees_copies():
     assert honest.ratio == pytest.approx(1, abs=0.05) and honest.copies < 0.03
     assert cheat.copies > 0.2
     assert memorisation(nearest(real[:500], real)[0][:, 0], near["held out"]).ratio < 1e-3
+
+
+def test_memorisation_in_numbers():
+    """Medians, which one far image does not move; and all but 1 % of the held-out distances 0, 1, ..., 999 are above 9.99."""
+    found = memorisation(torch.tensor([5.0, 9.9, 10.0, 1e6]), torch.arange(1000.0))
+    assert found.ratio == pytest.approx(9.9 / 499) and found.copies == 0.5
+
+
+def test_just_enough_images_that_are_just_not_binary():
+    check_pixels(torch.full((30, 1, 8, 8), 2, dtype=torch.uint8), 30, "samples")
 
 
 @pytest.mark.parametrize(("pixels", "message"), [
@@ -143,5 +166,6 @@ def test_bad_features_are_refused():
     x = normal(50, 8)
     for bad, message in ((normal(8, 8), "8 images are too few for 8 features"), (normal(50, 7), "one D"), (x / 0, "not all finite")):
         for distance in (frechet_distance, kernel_distance, precision_recall):
-            with pytest.raises(ValueError, match=message):
-                distance(bad, x)
+            for pair in ((bad, x), (x, bad)):
+                with pytest.raises(ValueError, match=message):
+                    distance(*pair)
