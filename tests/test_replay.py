@@ -69,15 +69,17 @@ def test_replayed_gradients_are_the_gradients(guidance_range, tapes):
         loss.backward()
         return loss, parts.splitting.mean()
 
-    replay, seen = Replay(forward_backward, student), []
-    for _ in range(EAGER_CALLS + 3):
+    replay, seen, given = Replay(forward_backward, student), [], []
+    for call in range(1, EAGER_CALLS + 4):
         r, t = torch.rand(2, 8).sort(dim=0).values
         inputs = torch.randn(8, 1, 8, 8), r, t, torch.full((8,), 0.3), torch.randint(0, 3, (8,))
         inputs += (1 + 2 * torch.rand(8),) if guidance_range else ()
         expected = forward_backward(*inputs)
         wanted = [p.grad for p in student.parameters()]
         student.zero_grad(set_to_none=True)
+        given.append((inputs, [each.clone() for each in inputs]))
         found = replay(*inputs)
+        assert (replay.graph is not None) == (call > EAGER_CALLS) and not any(value.requires_grad for value in found)
         torch.testing.assert_close(found, tuple(value.detach() for value in expected), rtol=1e-5, atol=1e-7)
         torch.testing.assert_close([p.grad for p in student.parameters()], wanted, rtol=1e-4, atol=1e-6)
         seen.append(found[0])
@@ -86,7 +88,13 @@ def test_replayed_gradients_are_the_gradients(guidance_range, tapes):
             for p in student.parameters():
                 p.sub_(p.grad)
         student.zero_grad(set_to_none=True)
-    assert replay.graph is not None and len({value.item() for value in seen}) == len(seen)     # earlier results stay
+    assert len({value.item() for value in seen}) == len(seen)                   # earlier results stay, and so does what was given
+    assert all(torch.equal(now, then) for inputs, copies in given for now, then in zip(inputs, copies))
+    with pytest.raises(AssertionError):                                         # one row would be spread over all
+        replay(*[each[:1] for each in inputs])
+    replay(*inputs)
+    with pytest.raises(AssertionError):                                         # gradients were not dropped
+        replay(*inputs)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
