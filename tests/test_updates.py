@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -13,13 +14,17 @@ from test_dit import randomised
 import train_student_mnist
 import train_teacher_mnist
 from models import DiT, student_from_teacher
-from utils.checkpoints import write_weights
+from utils.augmentation import AUGMENT_DIM, augment, draw_augment_labels
+from utils.checkpoints import start_from, write_weights
 from utils.data import Batches, load_images
 from utils.distributed import Ranks
 from utils.flow import interpolate
 from utils.guidance import GuidedLabels, drop_labels, guided_as_told, guided_velocity, told
 from utils.losses import adaptive_weight, flow_matching_loss, student_loss
 from utils.optim import Optimizer
+from utils.pictures import sample_labels
+from utils.run_log import Run
+from utils.sampling import sample_average_velocity, sample_velocity
 from utils.seeding import fold, generator
 from utils.times import draw_between, draw_intervals, draw_lam, draw_times
 
@@ -64,37 +69,73 @@ def check_run(folder, cfg, networks, loss_of_step):
             torch.testing.assert_close(saved[f"{name}.{key}"], weight, rtol=1e-4, atol=1e-6)
 
 
+@pytest.fixture
+def shown(monkeypatch):
+    """The sample images of the last update, by name."""
+    images = {}
+    monkeypatch.setattr(Run, "images", lambda self, step, name, x: images.update({name: x}))
+    return images
+
+
+def check_shown(shown, expected, apart):
+    """expected: name to a function of noise and labels, which samples by the EMA; no two alike, by `apart`."""
+    y = sample_labels(10)
+    z = torch.randn(len(y), 1, 8, 8, generator=generator(CPU, 3, "samples"))
+    assert shown.keys() == expected.keys()
+    samples = {name: sample(z, y) for name, sample in expected.items()}
+    for name, x in samples.items():
+        torch.testing.assert_close(shown[name], x, rtol=0, atol=1e-4)
+    one, *others = samples.values()
+    assert all((one - other).abs().max() > apart for other in others)
+
+
 def config(folder):
     return SimpleNamespace(**json.loads((folder / "config.json").read_text()))
 
 
-def test_a_teachers_updates(tmp_path):
-    train_teacher_mnist.main([*TEACHER, *UPDATES, "--label-dropout", "0.5", "--t-law", "logit-normal(-1, 0.5)",
+@pytest.fixture
+def taught(tmp_path):
+    """A teacher with something to say, and its file."""
+    torch.manual_seed(0)
+    network, file = randomised(DiT("DiT-Test/4", 8, 1, 10)), tmp_path / "taught.safetensors"
+    write_weights(file, network.state_dict(), dict(kind="teacher", architecture=network.architecture, config={}, autoencoder=None,
+                                                   classes=[str(i) for i in range(10)]))
+    return network.requires_grad_(False), file
+
+
+@pytest.mark.parametrize("rate", [0, 0.5])
+def test_a_teachers_updates(rate, taught, shown, tmp_path):
+    """From fresh weights, and from another's with augmentation."""
+    flags = ["--start-from", str(taught[1]), "--augment", str(rate)] if rate else []
+    train_teacher_mnist.main([*TEACHER, *UPDATES, "--label-dropout", "0.5", "--t-law", "logit-normal(-1, 0.5)", *flags,
                               "--results-dir", str(tmp_path)])
     cfg = config(tmp_path / "teacher-digits")
     torch.manual_seed(fold(3, "weights"))
-    network = DiT("DiT-Test/4", 8, 1, 10)
+    network = DiT("DiT-Test/4", 8, 1, 10, augment_dim=AUGMENT_DIM if rate else 0)
+    if rate:
+        start_from(network, taught[1])
+    ema = copy.deepcopy(network)
 
     def loss(draw, x, y, eps, step):
-        t = draw_times(16, cfg.t_law, draw)
-        return flow_matching_loss(network.velocity, x, eps, t, drop_labels(y, 10, 0.5, torch.rand(16, generator=draw))).mean()
+        t, coin = draw_times(16, cfg.t_law, draw), torch.rand(16, generator=draw)
+        moves = draw_augment_labels(16, rate, draw) if rate else None
+        x = augment(x, moves) if rate else x
+        return flow_matching_loss(partial(network.velocity, augment_labels=moves), x, eps, t, drop_labels(y, 10, 0.5, coin)).mean()
 
-    check_run(tmp_path / "teacher-digits", cfg, {"raw": network, "ema": copy.deepcopy(network)}, loss)
+    check_run(tmp_path / "teacher-digits", cfg, {"raw": network, "ema": ema}, loss)
+    check_shown(shown, {f"cfg{w}": partial(sample_velocity, guided_velocity(ema.velocity, 10, w), num_steps=2) for w in (1.0, 2.5, 5.0)},
+                apart=1e-2 if rate else 0)
 
 
 TARGETS = ["--target", "ema", "--target-decay", "0.5", "--first-leg", "midpoint", "--guidance-scale", "3",
            "--guidance-interval", "0.2", "0.7"]
-TOLD = ["--guidance-range", "1", "4", "--guidance-interval", "0.2", "0.7", "--first-leg", "self", "--last-leg", "euler"]
+TOLD = [*TARGETS[:4], "--guidance-range", "1", "4", "--guidance-interval", "0.2", "0.7", "--first-leg", "self", "--last-leg", "euler"]
 WHOLE = ["--one-step-from", "3", "--edge-weight", "0.5", "--pinned-share", "0.6", "--pinned-steps", "1", "2", "--guidance-scale", "1"]
 
 
 @pytest.mark.parametrize("flags", [TARGETS, TOLD, WHOLE])
-def test_a_students_updates(flags, tmp_path):
-    torch.manual_seed(0)
-    teacher, file = randomised(DiT("DiT-Test/4", 8, 1, 10)), tmp_path / "teacher.safetensors"
-    write_weights(file, teacher.state_dict(), dict(kind="teacher", architecture=teacher.architecture, config={}, autoencoder=None,
-                                                   classes=[str(i) for i in range(10)]))
-    teacher.requires_grad_(False)
+def test_a_students_updates(flags, taught, shown, tmp_path):
+    teacher, file = taught
     train_student_mnist.main([*COMMON, *UPDATES, "--boundary-share", "0.25", "--adaptive-power", "0.5", *flags,
                               "--teacher", str(file), "--results-dir", str(tmp_path)])
     cfg = config(tmp_path / "student-digits")
@@ -118,3 +159,4 @@ def test_a_students_updates(flags, tmp_path):
         return adaptive_weight(torch.cat(parts), 0.5).mean()
 
     check_run(tmp_path / "student-digits", cfg, networks, loss)
+    check_shown(shown, {f"{n}step": partial(sample_average_velocity, networks["ema"], num_steps=n) for n in (1, 2, 4)}, apart=1e-2)
