@@ -40,16 +40,17 @@ def drawn(cfg, step):
     return draw, x, y, torch.randn(x.shape, generator=draw)
 
 
-def check_run(folder, cfg, networks, loss_of_step):
+def check_run(folder, cfg, networks, losses_of_step):
     """Make the updates of a run, and compare weights, losses and learning rates.
 
-    networks: "raw" as it starts, and others, whose weights follow it; loss_of_step: a function of (draw, x, y, eps, step).
+    networks: "raw" as it starts, and others, whose weights follow it; losses_of_step: a function of (draw, x, y, eps, step) to
+    "loss" and what else is logged.
     """
     network, rows = networks["raw"], [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     optimizer = Optimizer(network, cfg.optimizer, cfg.lr, cfg.muon_lr, cfg.weight_decay)
     for step, row in enumerate(rows, 1):
-        loss = loss_of_step(*drawn(cfg, step), step)
-        loss.backward()
+        losses = losses_of_step(*drawn(cfg, step), step)
+        losses["loss"].backward()
         norm = math.sqrt(sum(p.grad.square().sum().item() for p in network.parameters()))
         assert norm > cfg.max_grad_norm                     # so that clipping is seen
         for p in network.parameters():
@@ -61,8 +62,8 @@ def check_run(folder, cfg, networks, loss_of_step):
         for name in networks.keys() - {"raw"}:
             for p, q in zip(networks[name].parameters(), network.parameters()):
                 p.detach().lerp_(q.detach(), 1 - decays[name])
-        assert (row["step"], row["loss"], row["grad_norm"]) == (step, pytest.approx(loss.item(), rel=1e-4), pytest.approx(norm, rel=1e-3))
-        assert row["learning_rate"] == pytest.approx(cfg.lr * factor)
+        logged = {**{name: value.item() for name, value in losses.items()}, "grad_norm": norm, "learning_rate": cfg.lr * factor}
+        assert row["step"] == step and {name: row[name] for name in logged} == pytest.approx(logged, rel=1e-3)
     saved = everything(folder, tuple(networks))
     for name, each in networks.items():
         for key, weight in each.state_dict().items():
@@ -116,13 +117,14 @@ def test_a_teachers_updates(rate, taught, shown, tmp_path):
         start_from(network, taught[1])
     ema = copy.deepcopy(network)
 
-    def loss(draw, x, y, eps, step):
+    def losses(draw, x, y, eps, step):
         t, coin = draw_times(16, cfg.t_law, draw), torch.rand(16, generator=draw)
         moves = draw_augment_labels(16, rate, draw) if rate else None
         x = augment(x, moves) if rate else x
-        return flow_matching_loss(partial(network.velocity, augment_labels=moves), x, eps, t, drop_labels(y, 10, 0.5, coin)).mean()
+        v = partial(network.velocity, augment_labels=moves)
+        return {"loss": flow_matching_loss(v, x, eps, t, drop_labels(y, 10, 0.5, coin)).mean()}
 
-    check_run(tmp_path / "teacher-digits", cfg, {"raw": network, "ema": ema}, loss)
+    check_run(tmp_path / "teacher-digits", cfg, {"raw": network, "ema": ema}, losses)
     check_shown(shown, {f"cfg{w}": partial(sample_velocity, guided_velocity(ema.velocity, 10, w), num_steps=2) for w in (1.0, 2.5, 5.0)},
                 apart=1e-2 if rate else 0)
 
@@ -148,7 +150,7 @@ def test_a_students_updates(flags, taught, shown, tmp_path):
         u, u_target, v = told(u), told(u_target), guided_as_told(teacher.velocity, 10, cfg.guidance_interval)
     num_whole = round(12 * cfg.pinned_share / 3) if cfg.one_step_from else 0            # a third of the pins of one and two steps
 
-    def loss(draw, x, y, eps, step):
+    def losses(draw, x, y, eps, step):
         t_boundary = draw_times(4, cfg.t_law, draw)
         r, t = draw_intervals(12, cfg.t_law, cfg.r_law, cfg.pinned_share, cfg.pinned_steps, draw, num_whole)
         share = draw_lam(16, cfg.lam_law, (step - 1) / STEPS, draw)
@@ -156,7 +158,7 @@ def test_a_students_updates(flags, taught, shown, tmp_path):
         r, t = torch.cat([torch.zeros(4), r]), torch.cat([t_boundary, t])
         parts = student_loss(u, u_target, v, interpolate(x, eps, t), r, t, share, labels, 4, cfg.first_leg, cfg.last_leg, cfg.edge_weight,
                              num_whole, cfg.one_step_from)
-        return adaptive_weight(torch.cat(parts), 0.5).mean()
+        return {"loss": adaptive_weight(torch.cat(parts), 0.5).mean(), "boundary": parts[0].mean(), "splitting": parts[1].mean()}
 
-    check_run(tmp_path / "student-digits", cfg, networks, loss)
+    check_run(tmp_path / "student-digits", cfg, networks, losses)
     check_shown(shown, {f"{n}step": partial(sample_average_velocity, networks["ema"], num_steps=n) for n in (1, 2, 4)}, apart=1e-2)
