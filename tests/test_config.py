@@ -114,6 +114,9 @@ BOTH = [
     (["--optimizer", "sgd"], "'sgd'", "'muon', 'adamw'"),
     (["--lr", "0"], "--lr 0.0: must be above 0"),
     (["--lr", "nan"], "--lr nan: must be above 0"),
+    (["--muon-lr", "-1"], "--muon-lr -1.0: must be above 0"),
+    (["--max-grad-norm", "0"], "--max-grad-norm 0.0: must be above 0"),
+    (["--weight-decay", "-1"], "--weight-decay -1.0: must be at least 0"),
     (["--ema-decay", "1"], "--ema-decay 1.0: must be in [0, 1)"),
     (["--decay-share", "-0.1"], "--decay-share -0.1: must be in [0, 1)"),
     (["--warmup-steps", "-1"], "--warmup-steps -1: must be at least 0"),
@@ -123,6 +126,7 @@ BOTH = [
 ]
 TEACHERS = [
     (["--label-dropout", "1.5"], "--label-dropout 1.5: must be in [0, 1)"),
+    (["--augment", "1"], "--augment 1.0: must be in [0, 1)"),
     (["--sample-steps", "0"], "--sample-steps 0: must be at least 1"),
     (["--model", "DiT-M/2"], "DiT-M/2", "DiT-Ti/2"),
     (["--image-size", "12", "--model", "DiT-Nano/8"], "--image-size 12: must be a multiple of 8, the patch size of --model DiT-Nano/8"),
@@ -130,6 +134,9 @@ TEACHERS = [
 STUDENTS = [
     (["--boundary-share", "1"], "--boundary-share 1.0: must be such that of 512 samples at least one is boundary and one is not"),
     (["--boundary-share", "0.0001"], "--boundary-share 0.0001: must be such that of 512 samples"),
+    (["--target-decay", "1"], "--target-decay 1.0: must be in [0, 1)"),
+    (["--edge-weight", "-1"], "--edge-weight -1.0: must be at least 0"),
+    (["--adaptive-power", "-1"], "--adaptive-power -1.0: must be at least 0"),
     (["--pinned-share", "1.5"], "--pinned-share 1.5: must be in [0, 1]"),
     (["--pinned-share", "-1"], "--pinned-share -1.0: must be in [0, 1]"),
     (["--pinned-steps", "0"], "0: must be one or more counts, each at least 1"),

@@ -207,13 +207,17 @@ def test_bad_student_input(results, tmp_path, change, message):
     assert not (tmp_path / "results").exists()
 
 
-@pytest.mark.parametrize(("pinned", "count"), [(["0.15", "--pinned-steps", "1"], 1), (["0.9", "--pinned-steps", "1"], 7)])
-def test_every_process_needs_rows_of_each_kind(results, tmp_path, monkeypatch, pinned, count):
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--one-step-from", "4", "--pinned-share", "0.15", "--pinned-steps", "1"], "--one-step-from 4: of 8 splitting rows 1 are .* of 2"),
+    (["--one-step-from", "4", "--pinned-share", "0.9", "--pinned-steps", "1"], "--one-step-from 4: of 8 splitting rows 7 are .* of 2"),
+    (["--boundary-share", "0.3"], "5 boundary samples .* do not divide among 2 processes"),
+])
+def test_every_process_needs_rows_of_each_kind(results, tmp_path, monkeypatch, flags, message):
     """Else some would call the network more often than others, which then wait for ever where they split it."""
     monkeypatch.setattr(train_student_mnist.distributed, "start", lambda device, shard: distributed.Ranks(0, 2, torch.device("cpu")))
-    with pytest.raises(ValueError, match=rf"--one-step-from 4: of 8 splitting rows {count} are .* each of 2 processes"):
-        train_student_mnist.main([*COMMON, "--teacher", str(results / "teacher-digits"), "--results-dir", str(tmp_path / "results"),
-                                  "--one-step-from", "4", "--pinned-share", *pinned])
+    with pytest.raises(ValueError, match=message):
+        train_student_mnist.main([*COMMON, *flags, "--teacher", str(results / "teacher-digits"),
+                                  "--results-dir", str(tmp_path / "results")])
     assert not (tmp_path / "results").exists()
 
 
