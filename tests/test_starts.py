@@ -98,6 +98,7 @@ def test_student_goes_on_without_its_teachers_folder(tmp_path, results, monkeypa
     train_student_mnist.main(arguments)
     monkeypatch.undo()
     (tmp_path / "t").rename(tmp_path.parent / f"{tmp_path.name}-moved")
+    train_teacher_mnist.main([*TEACHER, "--results-dir", str(tmp_path), "--name", "newer", "--seed", "1"])
     train_student_mnist.main(arguments)
     assert_same(results / "student-digits", tmp_path / "student-digits")
 
