@@ -1,3 +1,4 @@
+import math
 from copy import deepcopy
 
 import pytest
@@ -38,6 +39,17 @@ def test_starts_at_zero_with_identity_blocks():
     assert network(z, r, t, y).abs().max() == 0
     x, c = torch.randn(2, 4, 128), torch.randn(2, 128)
     assert torch.equal(network.blocks[0](x, c, network.rotary_cos, network.rotary_sin), x)
+
+
+def test_initial_weights():
+    """DiT's: linear layers uniform within sqrt(6 / (inputs + outputs)), embeddings of positions and classes small, no biases."""
+    network = DiT("DiT-Nano/2", 8, 1, 10)
+    for name in ("patch_embed", "time_embed.hidden", "blocks.0.attention.qkv", "blocks.3.mlp.out", "blocks.1.modulation.down"):
+        weight = network.get_submodule(name).weight
+        assert 0.98 < weight.abs().max() / math.sqrt(6 / sum(weight.shape)) <= 1
+    for weight in (network.position, network.label_embed.weight):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert not any(p.any() for name, p in network.named_parameters() if name.endswith("bias"))
 
 
 def test_student_is_its_teacher_until_it_learns():
