@@ -6,7 +6,7 @@ import torch
 
 from models import PRESETS, DiT, student_from_teacher
 from models.dit import Block, SquaredReLU, squared_relu
-from models.embeddings import rotary_table, rotate
+from models.embeddings import rotary_table, rotate, sinusoid
 from models.transformer import Stack
 
 
@@ -158,6 +158,12 @@ def test_gradient_under_autocast_survives_a_target_pass():
     torch.testing.assert_close(out, network(z, r, t, y), rtol=0.1, atol=0.1 * out.abs().max().item())
     out.square().mean().backward()
     assert network.blocks[0].mlp.hidden.weight.grad.abs().max() > 0
+
+
+def test_time_features_are_computed_in_float32():
+    """Of times in bfloat16, too: 128 rad times one of them would be off by half a radian."""
+    t = torch.rand(16).bfloat16()
+    assert torch.equal(sinusoid(t, 64), sinusoid(t.float(), 64)) and sinusoid(t, 64).dtype == torch.float32
 
 
 def test_rotary_sees_relative_positions_only():
