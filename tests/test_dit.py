@@ -193,7 +193,10 @@ def test_compiled_in_stacks_it_is_the_same_network(monkeypatch):
         compiled.clear()
         network.compile_blocks(at_once)
         assert compiled == [*parts, "Final"] and [len(stack.blocks) for stack in network.stacks] == {1: [1] * 4, 3: [3, 1], 4: [4]}[at_once]
-        assert set(network.state_dict()) == names and torch.equal(network(*given), expected)
+        ran = []
+        for stack in network.stacks:
+            stack.register_forward_hook(lambda stack, *_, ran=ran: ran.append(stack))
+        assert set(network.state_dict()) == names and torch.equal(network(*given), expected) and ran == network.stacks
     monkeypatch.setattr("torch.distributed.fsdp.FSDPModule", Block)            # as if they were split among processes
     network.compile_blocks()
     assert [len(stack.blocks) for stack in network.stacks] == [1] * 4
