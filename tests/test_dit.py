@@ -63,6 +63,7 @@ def test_student_is_its_teacher_until_it_learns():
     assert new == {f"interval_embed.{layer}.{part}" for layer in ("hidden", "out") for part in ("weight", "bias")}
     torch.nn.init.normal_(student.interval_embed.out.weight)
     assert not torch.allclose(student(z, r, t, y), student(z, r / 2, t, y), atol=1e-3)
+    assert torch.equal(student.velocity(z, t, y), student(z, t, t, y))          # over an empty interval, then too
 
 
 def test_bad_teachers(monkeypatch):
@@ -112,7 +113,7 @@ def test_any_channels_size_and_classes(channels, size, classes, patch):
     network = randomised(DiT(f"DiT-Nano/{patch}", size, channels, classes))
     z, r, t, _ = inputs(2, channels, size)
     y = torch.full((2,), network.null_class)
-    assert network(z, r, t, y).shape == z.shape and network.null_class == classes
+    assert network(z, r, t, y).shape == z.shape == (2, *network.shape) and network.null_class == classes
     with pytest.raises(IndexError):
         network(z, r, t, y + 1)
 
