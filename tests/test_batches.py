@@ -38,6 +38,7 @@ def test_every_epoch_is_a_permutation(size):
     assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
     assert labels == [number % 7 for number in stream]
+    assert len(draw.orders) <= 2 + size // 12               # old epochs are forgotten
 
 
 def test_batch_depends_on_seed_and_step_alone():
@@ -62,11 +63,24 @@ def test_ranks_share_the_batch_of_one_process(world_size):
             assert torch.equal(x_rank, x[rank::world_size]) and torch.equal(y_rank, y[rank::world_size])
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_leading_share_of_the_batch_is_one_of_each_rank(world_size, monkeypatch):
+    for rank in range(world_size):
+        ranks = Ranks(rank, world_size, torch.device("cpu"))
+        rows = ranks.rows(torch.arange(11))
+        assert all((rows[: ranks.count(num)] < num).all() and (rows[ranks.count(num) :] >= num).all() for num in range(12))
+        assert ranks.is_main == (rank == 0)
+    monkeypatch.setattr(Ranks, "gather", lambda self, values: torch.stack([values, torch.zeros(1)]))
+    assert ranks.agree(True) and not ranks.agree(False)                     # one is enough
+
+
 def test_half_of_the_images_are_mirrored():
     draw = batches(numbered(200, flip=True), 1000)
     flags = torch.stack([mirrored(draw(step)[0]) for step in (1, 2, 3, 4)]).float()
     assert flags.mean().item() == pytest.approx(0.5, abs=0.03)
     assert flags.corrcoef().fill_diagonal_(0).abs().max() < 0.1             # fresh coins each step
+    one = numbered(1, flip=True)
+    assert not torch.equal(batches(one, 64)(1)[0], batches(one, 64, seed=1)(1)[0])      # and of each seed
 
 
 def test_without_flip_nothing_is_mirrored():

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from saved import NAMES, NETWORKS, killed_while_writing, same, save, truncate
 
-from utils.checkpoints import CheckpointError, is_finished, read_latest, resolve_weights, step_folders
+from utils.checkpoints import CheckpointError, is_finished, read_latest, read_weights, resolve_weights, step_folders, write_weights
 
 FULL = OSError(28, "No space left on device")
 
@@ -73,6 +73,18 @@ def test_saving_a_step_again_replaces_it(tmp_path):
     (tmp_path / "step_00000001/stale").write_text("")
     save(tmp_path, 1)
     assert names(tmp_path / "step_00000001") == ["ema.safetensors", "raw.safetensors", "training.pt"]
+    assert names(tmp_path) == ["step_00000001"]
+
+
+def test_one_file_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    file, transposed = tmp_path / "a.safetensors", torch.randn(2, 3).T
+    write_weights(file, {"weight": transposed}, {})
+    assert torch.equal(read_weights(file)[0]["weight"], transposed)
+    file.unlink()
+    monkeypatch.setattr(os, "replace", lambda *_: fail_with(FULL))
+    with pytest.raises(OSError, match="could not write .*a.safetensors"):
+        write_weights(file, {"weight": transposed}, {})
+    assert names(tmp_path) == []
 
 
 # Crashes while writing.
