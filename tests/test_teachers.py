@@ -49,6 +49,12 @@ def test_a_broken_config_is_named_with_what_to_do(tmp_path, text, said):
         find_teacher(None, str(tmp_path), "photos", 32)
 
 
+def test_of_several_the_newest_teacher_and_its_newest_checkpoint(tmp_path):
+    found = {(name, step): teacher_run(tmp_path, name, age, step=step, steps=2)
+             for name, age in (("a-older", 3), ("b-newest", 1), ("c-oldest", 5)) for step in (1, 2)}
+    assert find_teacher(None, str(tmp_path), "photos", 32) == found["b-newest", 2]
+
+
 def test_a_finished_teacher_goes_before_a_newer_one_that_stopped(tmp_path):
     stopped = teacher_run(tmp_path, "stopped", 0, steps=5)
     assert find_teacher(None, str(tmp_path), "photos", 32) == stopped
