@@ -75,7 +75,7 @@ def test_a_slash_at_the_end_means_the_same_images(tmp_path):
     assert RunConfig(data="/").data == "/" and RunConfig(data="./mnist").data == "./mnist"
 
 
-def test_classes_must_be_the_teachers_own_in_its_order():
+def test_shape_and_classes_must_be_the_teachers_own_in_its_order():
     images = Images("photos", torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 1]), ["cat", "dog"], False)
     metadata = {"kind": "teacher", "architecture": {"preset": "DiT-Nano/4", "num_channels": 3, "image_size": 8, "num_classes": 2},
                 "config": {}}
@@ -85,5 +85,8 @@ def test_classes_must_be_the_teachers_own_in_its_order():
         check_teacher("t", {**metadata, "classes": ["0", "1"]}, images, None)
     with pytest.raises(ValueError, match="--teacher t knows the classes dog, cat, in this order; --data photos has cat, dog"):
         check_teacher("t", {**metadata, "classes": ["dog", "cat"]}, images, None)
+    for change in ({"num_channels": 1}, {"image_size": 16}, {"num_classes": 3}):
+        with pytest.raises(ValueError, match="--teacher t was trained on"):
+            check_teacher("t", {**metadata, "architecture": metadata["architecture"] | change, "classes": ["cat", "dog"]}, images, None)
     check_teacher("t", {**metadata, "architecture": {**metadata["architecture"], "num_classes": 0}, "classes": []},
                   dataclasses.replace(images, labels=torch.zeros(2).long(), classes=[]), None)
