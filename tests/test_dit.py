@@ -146,7 +146,7 @@ def test_every_weight_gets_a_gradient():
 
 
 def test_gradient_under_autocast_survives_a_target_pass():
-    """A pass without gradient first, as for a target, must not cut off the next one: the hazard of autocast's cache."""
+    """A pass without gradient first, as for a target, must not cut off the next one, as autocast's cache did in some PyTorch."""
     from utils.distributed import Ranks
 
     network = randomised(DiT("DiT-Nano/4", 8, 1, 3))
