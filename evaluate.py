@@ -29,7 +29,7 @@ from models import Classifier, DiT, SiT, build_network
 from utils import distributed, metrics, report
 from utils.autoencoder import load_autoencoder
 from utils.checkpoints import fingerprint, load_network, resolve_weights, weights_id
-from utils.config import check_folder, check_interval, first_free, parse_config, require, to_dict, write_text
+from utils.config import check_folder, check_interval, first_free, parse_config, require, to_dict, write_json
 from utils.data import check_guidance, load_held_out, load_images, to_range
 from utils.distributed import Ranks
 from utils.evaluation import (
@@ -311,7 +311,7 @@ def main(argv: Sequence[str] | None = None, config: type[Config] = Config, rows_
         report.save_residual(out / "residual.png", residual)
     result = {"protocol": protocol, "config": to_dict(cfg), "floor": report.full_names(floor, protocol),
               "rows": [report.full_names(row, protocol) for row in rows]}
-    write_text(out / "metrics.json", json.dumps(result, indent=2) + "\n")
+    write_json(out / "metrics.json", result)
     table = report.table(rows, floor, protocol)
     (out / "table.md").write_text(table)
     report.save_plot(out / "plot.png", rows, floor)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from utils import distributed, latents
 from utils.autoencoder import Autoencoder
 from utils.checkpoints import fingerprint
-from utils.config import parse_config, require
+from utils.config import parse_config, require, write_json
 from utils.data import to_range
 from utils.folders import ImageFolder, chunked, open_folder
 
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ranks.wait()                                            # every rank has checked before the main one writes
     if ranks.is_main and not latents.is_latents(out):
         out.mkdir(parents=True, exist_ok=True)
-        latents.write_description(out, description, latents.UNFINISHED)
+        write_json(out / latents.UNFINISHED, description)
 
     # The shards that are not there, shared out; a shard's batches do not depend on where a run began.
     shards = latents.shard_rows(description)

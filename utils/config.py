@@ -175,6 +175,11 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Likewise, a value as JSON."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A Config as JSON-able values."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()}

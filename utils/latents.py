@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from utils.checkpoints import fingerprint, flush, write_tensors
-from utils.config import differences, is_vacant, write_text
+from utils.config import differences, is_vacant, write_json
 from utils.folders import chunked
 
 FORMAT = "splitmeanflow-latents/1"
@@ -131,14 +131,9 @@ def begin(folder: Path, description: dict[str, Any]) -> None:
                          "the same images")
 
 
-def write_description(folder: Path, description: dict[str, Any], name: str) -> None:
-    """Write latents.json or preparing.json."""
-    write_text(folder / name, json.dumps(description, indent=2) + "\n")
-
-
 def finish(folder: Path, description: dict[str, Any]) -> None:
     """Every shard is there: preparing.json becomes latents.json."""
-    write_description(folder, description, FINISHED)
+    write_json(folder / FINISHED, description)
     (folder / UNFINISHED).unlink(missing_ok=True)
     flush(folder)
 

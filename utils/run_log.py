@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from utils import distributed
 from utils.checkpoints import is_finished, read_latest, read_metadata, save_checkpoint, step_folders, write_weights
-from utils.config import ADDED_LATER, differences, is_vacant, read_config, to_dict, write_text
+from utils.config import ADDED_LATER, differences, is_vacant, read_config, to_dict, write_json, write_text
 from utils.data import Images
 from utils.distributed import Ranks, device_name
 from utils.interrupt import StopRequest
@@ -118,10 +118,11 @@ class Run:
             ValueError: the ranks would not go on from the same place, or it learnt from another teacher.
         """
         found = read_latest(self.checkpoints, names, self.note)
-        newest = step_folders(self.checkpoints)[-1:]        # the one that was read
-        if newest and (other := read_metadata(newest[0] / "ema.safetensors").get("teacher", teacher_id)) != teacher_id:
-            raise ValueError(f"{self.folder} learns from teacher {other}, and its own copy of it is gone; found was {teacher_id}. Put the "
-                             f"former back as {self.folder / 'teacher.safetensors'}")
+        if found:                                           # in the newest folder: bad ones are set aside
+            its_own = read_metadata(step_folders(self.checkpoints)[-1] / "ema.safetensors").get("teacher", teacher_id)
+            if its_own != teacher_id:
+                raise ValueError(f"{self.folder} learns from teacher {its_own}, and its own copy of it is gone; found was {teacher_id}. "
+                                 f"Put the former back as {self.folder / 'teacher.safetensors'}")
         self.ranks.check_same("the number of updates done", found[1]["step"] if found else 0)
         self.ranks.check_same("the hash of the teacher's weights", int(teacher_id, 16), "x")
         self.ranks.check_same("the number of images", self.description["images"])
@@ -144,10 +145,10 @@ class Run:
                 raise ValueError(f"{self.folder}: another process is training this run; wait for it, or choose another --name") from None
             except NotImplementedError:
                 self.note("note: this file system has no locks; see to it that one process at a time trains this run")
-            write_text(self.folder / "config.json", json.dumps(self.description, indent=2) + "\n")
+            write_json(self.folder / "config.json", self.description)
             starts_file, ran_on = self.folder / "environment.json", environment(self.ranks)
             starts = json.loads(starts_file.read_text()) if starts_file.exists() else []
-            write_text(starts_file, json.dumps([*starts, {**ran_on, "after_step": step}], indent=2) + "\n")
+            write_json(starts_file, [*starts, {**ran_on, "after_step": step}])
             for file in filter(Path.exists, (self.folder / "metrics.jsonl", self.folder / "evaluations.jsonl")):
                 write_text(file, "".join(json.dumps(row) + "\n" for row in read_lines(file) if row["step"] <= step))
             self.comet = start_comet(self.config.comet, self.folder, self.name, self.note)
