@@ -19,9 +19,9 @@ from typing import Any
 
 import evaluate
 from benchmarks.ablations.patches import PATCHES, check
-from benchmarks.ablations.run import add_flags, parse_flags, script, script_line, spike, under
+from benchmarks.ablations.run import add_flags, parse_flags, script_line, spike, under
 from benchmarks.gpus import finish, on_each, start
-from utils.config import parse_config, require, write_text
+from utils.config import parse_config, require, write_json
 from utils.evaluation import classifier_file
 from utils.json_lines import add_line, read_lines
 from utils.latents import originals
@@ -76,6 +76,15 @@ def evaluate_command(seed: int, cfg: Config) -> tuple[Path, list[str]]:
     return out, add_flags(line, cfg.evaluate_flags, "--evaluate-flags")
 
 
+def flags_of(line: list[str]) -> list[str]:
+    """The flags of a script, under a patch or not; a patch that cannot go with them, or needs others, raises ValueError."""
+    if line[0] != "-m":
+        return line[1:]
+    patch, flags = line[2], line[4:]
+    check(patch, flags)
+    return flags
+
+
 def check_flags(cfg: Config) -> None:
     """Parse what all stages will be given, so that bad flags are told now and not after a training.
 
@@ -84,13 +93,8 @@ def check_flags(cfg: Config) -> None:
         ValueError: flags that are set here, or that a stage's patch cannot go with, or needs; no classifier for the evaluation.
     """
     for stage in stages(cfg):
-        line = run_command(stage, cfg.seeds[0], cfg)[1]
-        flags = line[line.index(f"{script(stage, cfg.data)}.py") + 1 :]
-        parse_flags(stage, cfg.data, flags)
-        if line[0] == "-m":
-            check(line[2], flags)
-    line = evaluate_command(cfg.seeds[0], cfg)[1]
-    measured = parse_config(evaluate.Config, line[line.index("evaluate.py") + 1 :], None)
+        parse_flags(stage, cfg.data, flags_of(run_command(stage, cfg.seeds[0], cfg)[1]))
+    measured = parse_config(evaluate.Config, flags_of(evaluate_command(cfg.seeds[0], cfg)[1]), None)
     judge = classifier_file(measured.classifier, originals(measured.data or cfg.data))
     if measured.features == "classifier" and not judge.is_file():
         raise ValueError(f"no classifier {judge}: make one with train_classifier.py, and name it with --classifier in --evaluate-flags")
@@ -107,7 +111,7 @@ def train(stage: str, seed: int, cfg: Config, gpu: str | None) -> dict[str, Any]
     finally:
         seconds += time.monotonic() - began
         times.parent.mkdir(parents=True, exist_ok=True)
-        write_text(times, json.dumps(seconds))
+        write_json(times, seconds)
     rows = read_lines(folder / "metrics.jsonl")
     environment = json.loads((folder / "environment.json").read_text())[-1]
     return {"command": shlex.join(["python", *line]), "steps": rows[-1]["step"], "seconds": round(seconds, 1),

@@ -126,3 +126,6 @@ def test_so_are_flags_that_a_stages_patch_needs_or_cannot_go_with(flags, monkeyp
         half_hour.main([*flags, "--student-patch", "whole-features-1"])
     with pytest.raises(ValueError, match="soft-guidance knows students of one guidance scale only"):
         half_hour.main([*flags, "--student-patch", "soft-guidance", f"--student-flags={TINY} --guidance-range 1 3"])
+    with pytest.raises(ValueError, match="whole-features-1 needs --guidance-range and --one-step-from"):        # the evaluation has neither
+        half_hour.check_flags(half_hour.Config(data="cifar10", teacher="x", network_patch="whole-features-1",
+                                               student_flags="--guidance-range 1 3 --one-step-from 4"))
