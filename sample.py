@@ -23,7 +23,7 @@ from utils import distributed
 from utils.autoencoder import load_autoencoder
 from utils.checkpoints import load_network
 from utils.config import check_folder, check_interval, first_free, is_vacant, parse_config, require
-from utils.data import to_pixels, to_range
+from utils.data import check_guidance, to_pixels, to_range
 from utils.guidance import guided_velocity
 from utils.pictures import save_gif, save_grid
 from utils.sampling import sample_average_velocity, sample_velocity
@@ -92,9 +92,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     u = network.at_guidance(cfg.guidance_scale) if student else None
     if student and (cfg.method, cfg.guidance_interval) != ("euler", (0.0, 1.0)):
         raise ValueError("--method and --guidance-interval are a teacher's: a student has its guidance inside, and jumps")
-    if cfg.guidance_scale not in (None, 1) and len(metadata["classes"]) < 2:
-        raise ValueError(f"--guidance-scale {cfg.guidance_scale}: guidance needs at least 2 classes, and this network has "
-                         f"{len(metadata['classes'])}; use 1")
+    if cfg.guidance_scale is not None:
+        check_guidance((cfg.guidance_scale,), metadata["classes"])
     if not student and cfg.renoise:
         raise ValueError("--renoise True: only a student can jump to the data")
     chosen = torch.tensor(chosen_classes(cfg.classes, metadata["classes"]))

@@ -87,7 +87,8 @@ def test_sample_errors(results, tmp_path, arguments, message):
     assert not (tmp_path / "x").exists()
     weights, metadata = read_weights(resolve_weights(results / "teacher-digits"))
     write_weights(tmp_path / "one.safetensors", weights, metadata | {"classes": ["cat"]})
-    with pytest.raises(ValueError, match="--guidance-scale 2.0: guidance needs at least 2 classes, and this network has 1; use 1"):
+    said = "--guidance-scale 2.0: guidance needs at least 2 classes, and the data have 1; use --guidance-scale 1"
+    with pytest.raises(ValueError, match=said):
         sample.main([str(tmp_path / "one.safetensors"), "--guidance-scale", "2", "--out", str(tmp_path / "x"), "--device", "cpu"])
     with pytest.raises(ValueError, match="--guidance-scale nan: must be a number"):
         sample.Config("x", guidance_scale=float("nan"))
