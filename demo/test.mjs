@@ -37,6 +37,11 @@ context.on("request", (request) => {
 });
 
 const quiet = (on = page) => on.waitForFunction(() => window.demo?.isQuiet() && window.demo.last[4], null, { timeout: 120_000 });
+const choose = async (name) => {
+  await page.selectOption("#model", name);
+  await page.waitForFunction((wanted) => window.demo.isQuiet() && window.demo.last.model === wanted, name, { timeout: 120_000 });
+  await quiet();
+};
 const image = (steps) => page.$eval(`figure[data-steps="${steps}"] canvas`, (canvas) => {
   const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
   return [...data];
@@ -112,11 +117,7 @@ try {
   assert.equal(await page.isVisible("#guidance"), Boolean(told));
 
   for (const [i, { name, guidance }] of models.entries()) {
-    if (i) {
-      await page.selectOption("#model", name);
-      await page.waitForFunction((wanted) => window.demo.isQuiet() && window.demo.last.model === wanted, name, { timeout: 120_000 });
-      await quiet();
-    }
+    if (i) await choose(name);
     for (const [place, chosen] of [[[0.2, 0.3], 0], [[0.9, 0.6], 3]]) {
       await page.locator("#classes label").nth(chosen).click();
       if (guidance && chosen) await guided(guidance.range[1]);
@@ -155,8 +156,7 @@ try {
 
   await page.reload();                                      // the point, class and guidance as at first
   await page.waitForFunction(() => window.demo?.isQuiet(), null, { timeout: 120_000 });
-  await page.selectOption("#model", models.at(-1).name);
-  await quiet();
+  await choose(models.at(-1).name);
   await page.click("#fill");
   await page.waitForFunction(() => window.demo.isQuiet(), null, { timeout: 120_000 });
   assert.match(await page.textContent("#counted"), /^100 images in 1 step each/);

@@ -20,6 +20,7 @@ from utils.data import Batches, load_images
 from utils.distributed import Ranks
 from utils.flow import interpolate
 from utils.guidance import GuidedLabels, drop_labels, guided_as_told, guided_velocity, told
+from utils.json_lines import read_lines
 from utils.losses import adaptive_weight, flow_matching_loss, student_loss
 from utils.optim import Optimizer
 from utils.pictures import sample_labels
@@ -46,7 +47,7 @@ def check_run(folder, cfg, networks, losses_of_step):
     networks: "raw" as it starts, and others, whose weights follow it; losses_of_step: a function of (draw, x, y, eps, step) to
     "loss" and what else is logged.
     """
-    network, rows = networks["raw"], [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    network, rows = networks["raw"], read_lines(folder / "metrics.jsonl")
     optimizer = Optimizer(network, cfg.optimizer, cfg.lr, cfg.muon_lr, cfg.weight_decay)
     for step, row in enumerate(rows, 1):
         losses = losses_of_step(*drawn(cfg, step), step)
