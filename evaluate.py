@@ -51,6 +51,7 @@ from utils.latents import originals
 from utils.pictures import save_grid
 from utils.sampling import sample_average_velocity, sample_velocity
 from utils.seeding import generator
+from utils.teachers import same_classes
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -228,7 +229,7 @@ def main(argv: Sequence[str] | None = None, config: type[Config] = Config, rows_
     data = originals(data)
 
     def check(classes: list[str]) -> None:
-        if classes != metadata["classes"]:
+        if not same_classes(metadata, classes):
             raise ValueError(f"--data {data} has classes {classes}; {cfg.checkpoint} was trained on {metadata['classes']}")
 
     images = load_images(data, cfg.data_root, image_shape[-1], cfg.num_workers, image_shape[0], check)

@@ -1,8 +1,10 @@
 """import_teacher.py as users run it: files of other projects, in every wrapping, and what is wrong with some."""
 
 import argparse
+import json
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import foreign
@@ -11,6 +13,7 @@ import pytest
 import torch
 from foreign import CHANNELS, CLASSES, DEPTH, PATCH, PRESET, SIZE, WIDTH, inputs, random_state
 from PIL import Image
+from runs import make_images
 from safetensors.torch import save_file
 
 import evaluate
@@ -21,6 +24,7 @@ from models import SiT, build_network
 from models.foreign import KEYS, Shapes, choose_preset, key_map
 from utils.checkpoints import load_network, read_weights
 from utils.data import Images
+from utils.evaluation import Judge
 from utils.teachers import check_teacher
 
 HEADS = ["--num-heads", str(foreign.HEADS), "--time-direction", "noise-at-one"]
@@ -235,6 +239,27 @@ def test_from_another_projects_weights_to_samples_of_a_student(tmp_path):
     images = [np.load(tmp_path / name / "2step.npz")["arr_0"] for name in ("t", "s")]
     assert images[1].shape == (4, SIZE, SIZE, 3) and images[1].std() > 10
     assert np.abs(images[0].astype(int) - images[1]).max() > 0                      # the student has moved from its teacher
+
+
+def test_a_teacher_without_names_of_classes_is_measured(tmp_path, monkeypatch):
+    """As a student may learn from it: what it was not told is not compared, but how many classes there are is."""
+    def see(pixels):
+        return pixels.float().mean((2, 3)), pixels.float().mean((2, 3))[:, :2]
+
+    monkeypatch.setattr(evaluate, "classifier_judge", lambda *_: Judge("colours", see, knows_classes=True))
+    source, photos = save(tmp_path, random_state()), make_images(tmp_path / "photos", ["cat", "dog"])
+    flags = ["--data", str(photos), "--held-out", str(photos), "--num-steps", "1", "--num-images", "12", "--seeds", "1", "--device", "cpu",
+             "--out", str(tmp_path / "out"), "--cache", str(tmp_path)]
+    evaluate.main([str(run(source)), *flags])
+    row, = json.loads((tmp_path / "out/metrics.json").read_text())["rows"]
+    assert 0 <= row["class_accuracy [colours, n=12]"]["mean"] <= 1
+    make_images(photos, ["eel"])
+    with pytest.raises(ValueError, match=r"has classes \['cat', 'dog', 'eel'\]; .* was trained on \['0', '1'\]"):
+        evaluate.main([str(source.with_name("teacher.safetensors")), *flags])
+    shutil.rmtree(photos / "eel")
+    (tmp_path / "names.txt").write_text("dog\ncat\n")       # in the order of its labels
+    with pytest.raises(ValueError, match=r"has classes \['cat', 'dog'\]; .* was trained on \['dog', 'cat'\]"):
+        evaluate.main([str(run(source, *HEADS, "--class-names", str(tmp_path / "names.txt"), "--replace", "True")), *flags])
 
 
 def test_errors_of_the_next_scripts(tmp_path):

@@ -55,6 +55,13 @@ def find_teacher(teacher: str | None, results_dir: str, data: str, image_size: i
                      "--image-size of this command if it has one, or name a teacher with --teacher")
 
 
+def same_classes(metadata: dict[str, Any], classes: list[str]) -> bool:
+    """Whether these are a network's classes, in its order; of one that was imported without their names, whether they are as many."""
+    theirs = metadata["classes"]
+    nameless = "imported_from" in metadata["config"] and theirs == [str(i) for i in range(len(theirs))]
+    return theirs == classes or (nameless and len(theirs) == len(classes))
+
+
 def check_teacher(path: Path, metadata: dict, images: Images | Latents, model: str | None) -> None:
     """Raise ValueError unless the file is a teacher's and fits the data's size, channels, classes (names, in order) and autoencoder, and
     --model if given."""
@@ -68,10 +75,8 @@ def check_teacher(path: Path, metadata: dict, images: Images | Latents, model: s
     if trained != wanted:
         raise ValueError("--teacher {} was trained on {} channels, size {}, {} classes; --data {} has {} channels, size {}, {} classes"
                          .format(path, *trained, images.name, *wanted))
-    theirs = metadata["classes"]
-    nameless = "imported_from" in metadata["config"] and theirs == [str(i) for i in range(len(theirs))]
-    if theirs != images.classes and not nameless:
-        raise ValueError(f"--teacher {path} knows the classes {', '.join(theirs)}, in this order; --data {images.name} has "
+    if not same_classes(metadata, images.classes):
+        raise ValueError(f"--teacher {path} knows the classes {', '.join(metadata['classes'])}, in this order; --data {images.name} has "
                          f"{', '.join(images.classes)}")
     if not same_autoencoder(metadata.get("autoencoder"), images.autoencoder):
         raise ValueError(f"--teacher {path} was trained on latents of {metadata.get('autoencoder')}, --data {images.name} has those of "
