@@ -53,6 +53,13 @@ def test_unknown_name_lists_what_is_allowed():
         load_images("mnits")
 
 
+def test_classes_are_checked_once(tmp_path):
+    for data, classes in (("digits", list("0123456789")), (make_images(tmp_path / "photos", ["cat", "dog"]), ["cat", "dog"])):
+        checked = []
+        load_images(str(data), check=checked.append)
+        assert checked == [classes]
+
+
 def test_errors_of_held_out_images_name_their_flag(tmp_path):
     for path, message in (("nowhere", "no such data set"), (str(tmp_path), "holds no image"), (__file__, "neither a folder")):
         with pytest.raises(ValueError, match=f"^--held-out {re.escape(path)}.*{message}"):

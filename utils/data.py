@@ -79,12 +79,13 @@ def to_pixels(x: Tensor) -> Tensor:
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def load_digits() -> tuple[Tensor, Tensor]:
+def load_digits() -> tuple[Tensor, Tensor, list[str]]:
     """The 1,797 handwritten 8x8 digits that scikit-learn carries (UCI, Alpaydin & Kaynak 1998)."""
     from sklearn.datasets import load_digits as load  # only this data set needs scikit-learn
 
     digits = load()
-    return torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8)[:, None], torch.from_numpy(digits.target).long()
+    pixels = torch.from_numpy(digits.images * (255 / 16)).round().to(torch.uint8)[:, None]
+    return pixels, torch.from_numpy(digits.target).long(), [str(digit) for digit in range(10)]
 
 
 def load_torchvision(name: str, root: str, train: bool = True) -> tuple[Tensor, Tensor, list[str]]:
@@ -126,7 +127,7 @@ def load_images(data: str, data_root: str = "data", image_size: int | None = Non
         data_root: folder of mnist and cifar10.
         image_size: side to resize to. None keeps a named set's own size, and means 32 for a path.
         num_channels: 3 gives gray images three equal channels; None leaves them one.
-        check: called with the class names before any image of a path is decoded; raises if they are not what is needed.
+        check: called once, with the class names, before any image of a path is decoded; raises if they are not what is needed.
         flag: the flag that named the data set, for the errors.
 
     Raises:
@@ -134,16 +135,13 @@ def load_images(data: str, data_root: str = "data", image_size: int | None = Non
     """
     if is_latents(Path(data)):
         raise ValueError(f"{flag} {data} holds latents, and here images are needed; these are made from {originals(data)}")
-    if data == "digits":
-        pixels, labels = load_digits()
-        classes = [str(digit) for digit in range(10)]
-    elif data in NAMES:
-        pixels, labels, classes = load_torchvision(data, data_root)
+    if data in NAMES:
+        pixels, labels, classes = load_digits() if data == "digits" else load_torchvision(data, data_root)
+        check(classes)
     elif Path(data).exists():
         pixels, labels, classes = load_folder(Path(data), image_size or PATH_SIZE, num_workers, check, flag)
     else:
         raise ValueError(f"{flag} {data}: no such data set or path; use one of {', '.join(NAMES)}, or the path of a folder or zip")
-    check(classes)
     pixels = resize(pixels, image_size or pixels.shape[-1])
     if num_channels == 3 and pixels.shape[1] == 1:
         pixels = pixels.expand(-1, 3, -1, -1)
