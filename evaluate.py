@@ -30,7 +30,7 @@ from utils import distributed, metrics, report
 from utils.autoencoder import load_autoencoder
 from utils.checkpoints import fingerprint, load_network, resolve_weights, weights_id
 from utils.config import check_folder, check_interval, first_free, parse_config, require, to_dict, write_json
-from utils.data import check_guidance, load_held_out, load_images, to_range
+from utils.data import WITH_TEST_SPLIT, check_guidance, load_held_out, load_images, to_range
 from utils.distributed import Ranks
 from utils.evaluation import (
     Judge,
@@ -247,7 +247,7 @@ def main(argv: Sequence[str] | None = None, config: type[Config] = Config, rows_
     floor_pixels, floor_labels = shuffled(held_out)
     metrics.check_pixels(floor_pixels[: cfg.num_images], least, "held-out images")
     reference = reference_features(judge, real, Path(cfg.cache))
-    if judge.knows_classes and images.name not in ("mnist", "cifar10") and judge.held_out != fingerprint(floor_pixels):
+    if judge.knows_classes and images.name not in WITH_TEST_SPLIT and judge.held_out != fingerprint(floor_pixels):
         print(f"note: {judge.name} was trained with other images held out, or before that was noted: it may know some of these, which are "
               "the floor; train_classifier.py makes it anew")
     floor_features = judge(floor_pixels[: cfg.num_images])

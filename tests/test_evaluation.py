@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from threadpoolctl import threadpool_info
 
 import evaluate
-from models import Classifier
+from models import Classifier, DiT
 from utils import distributed, evaluation, metrics, report
+from utils.checkpoints import write_weights
 from utils.data import load_held_out, load_images
 from utils.evaluation import Judge, fingerprint, reference_features, residual_map, shuffled, summary
 
@@ -33,6 +35,39 @@ def test_held_out_images_are_not_in_the_training_split():
     assert len(images) + len(held_out) == 1797 and len(held_out) == 179
     everything = torch.cat([images.pixels, held_out.pixels]).flatten(1).float().sum()
     assert everything == load_images("digits").pixels.float().sum()
+
+
+@pytest.fixture
+def mnist(tmp_path, monkeypatch):
+    """Noise in the place of MNIST, and an untrained teacher of it."""
+    class Dataset:
+        classes = tuple(f"{digit} - name" for digit in range(10))
+
+        def __init__(self, root, train, download):
+            draw = torch.Generator().manual_seed(int(train))
+            self.data = torch.randint(0, 256, (200 if train else 150, 28, 28), dtype=torch.uint8, generator=draw)
+            self.targets = torch.arange(len(self.data)) % 10
+
+    monkeypatch.setattr(torchvision.datasets, "MNIST", Dataset)
+    network = DiT("DiT-Test/4", 28, 1, 10)
+    write_weights(tmp_path / "teacher.safetensors", network.state_dict(), dict(
+        kind="teacher", architecture=network.architecture, classes=list("0123456789"), config={"data": "mnist"}))
+    return tmp_path
+
+
+def measure(folder: Path, *flags: str) -> None:
+    evaluate.main([str(folder / "teacher.safetensors"), "--data-root", str(folder), "--num-steps", "1", "--num-images", "140",
+                   "--seeds", "1", "--out", str(folder / "out"), "--cache", str(folder / "cache"), "--device", "cpu", *flags])
+
+
+def test_a_named_sets_test_split_is_held_out_from_its_released_judge(mnist, capsys):
+    images, held_out = load_held_out(load_images("mnist", str(mnist), 14), None, str(mnist))
+    assert images.shape == held_out.shape == (1, 14, 14) and (len(images), len(held_out)) == (200, 150)
+    assert not torch.equal(images.pixels[:150], held_out.pixels)
+    measure(mnist)
+    said = capsys.readouterr().out
+    assert "features: classifier-mnist-" in said and "reference: 200 training images  floor: 140 held-out images" in said
+    assert "it may know some of these" not in said
 
 
 def test_the_order_of_the_files_does_not_matter():

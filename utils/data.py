@@ -21,6 +21,7 @@ from utils.latents import Latents, is_latents, load_latents, originals
 from utils.seeding import fold, generator
 
 NAMES = ("mnist", "cifar10", "digits")
+WITH_TEST_SPLIT = ("mnist", "cifar10")                      # which is held out from all training
 PATH_SIZE = 32                                              # side of images of a path, unless it is given
 
 
@@ -190,7 +191,7 @@ def load_held_out(images: Images, path: str | None, data_root: str = "data", num
         if held_out.shape != images.shape:
             raise ValueError(f"--held-out {path} has shape {held_out.shape}; --data {images.name} has {images.shape}")
         return images, held_out
-    if images.name in ("mnist", "cifar10"):
+    if images.name in WITH_TEST_SPLIT:
         pixels, labels, _ = load_torchvision(images.name, data_root, train=False)
         return images, replace(images, pixels=resize(pixels, images.shape[-1]), labels=labels)
     order = hash_order(images)
