@@ -23,7 +23,7 @@ from utils.checkpoints import fingerprint, write_weights
 from utils.config import lies_in_file, parse_config, require, to_dict
 from utils.data import Images, load_held_out, load_images, to_range
 from utils.distributed import Ranks
-from utils.evaluation import shuffled
+from utils.evaluation import classifier_file, shuffled
 from utils.seeding import fold
 
 RECIPES = {
@@ -131,7 +131,7 @@ def train(images: Images, cfg: Config, ranks: Ranks) -> Classifier:
 
 def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse_config(Config, argv, __doc__, RECIPES)
-    target = Path(cfg.out or f"checkpoints/classifier-{Path(cfg.data).stem}.safetensors")
+    target = classifier_file(cfg.out, cfg.data)
     if target.exists() and not cfg.replace:
         raise ValueError(f"{target} exists; a judge is frozen. Use another --out, or --replace True")
     ranks = distributed.start(cfg.device)

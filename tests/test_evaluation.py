@@ -6,14 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from threadpoolctl import threadpool_info
 
 import evaluate
+import train_classifier
 from models import Classifier, DiT
 from utils import distributed, evaluation, metrics, report
 from utils.checkpoints import write_weights
 from utils.data import load_held_out, load_images
-from utils.evaluation import Judge, fingerprint, reference_features, residual_map, shuffled, summary
+from utils.evaluation import Judge, classifier_file, fingerprint, reference_features, residual_map, shuffled, summary
 
 
 def test_comparing_takes_few_threads(monkeypatch):
@@ -68,6 +70,24 @@ def test_a_named_sets_test_split_is_held_out_from_its_released_judge(mnist, caps
     said = capsys.readouterr().out
     assert "features: classifier-mnist-" in said and "reference: 200 training images  floor: 140 held-out images" in said
     assert "it may know some of these" not in said
+
+
+def test_own_images_called_like_a_named_set_have_a_judge_of_their_own(mnist, monkeypatch, capsys):
+    """Though the released one fits in size, channels and names of classes."""
+    own, draw = mnist / "clothes/mnist", torch.Generator().manual_seed(2)
+    for digit in range(10):
+        (own / str(digit)).mkdir(parents=True)
+        for i in range(15):
+            pixels = torch.randint(0, 256, (28, 28), dtype=torch.uint8, generator=draw)
+            Image.fromarray(pixels.numpy()).save(own / str(digit) / f"{i}.png")
+    with pytest.raises(FileNotFoundError, match=f"classifier-own-mnist.*train_classifier.py --data {own} --image-size 28 and name it"):
+        measure(mnist, "--data", str(own), "--held-out", str(own))
+    monkeypatch.setattr(evaluation, "RELEASED", mnist / "judges")
+    train_classifier.main(["--data", str(own), "--image-size", "28", "--epochs", "0.1", "--width", "2", "--min-accuracy", "0",
+                           "--device", "cpu"])
+    measure(mnist, "--data", str(own), "--held-out", str(own))
+    assert "features: classifier-own-mnist-" in capsys.readouterr().out
+    assert classifier_file(None, "photos.zip").name == "classifier-photos.safetensors" and classifier_file("mine", str(own)) == Path("mine")
 
 
 def test_the_order_of_the_files_does_not_matter():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from utils import metrics
 from utils.autoencoder import NoAutoencoder
 from utils.checkpoints import fingerprint, load_network
-from utils.data import Images, hash_order, to_pixels, to_range
+from utils.data import NAMES, Images, hash_order, to_pixels, to_range
 from utils.distributed import Ranks
 from utils.latents import Latents
 from utils.losses import AverageVelocity, interval_splitting_loss
@@ -55,8 +55,13 @@ class Judge:
 
 
 def classifier_file(file: str | None, data: str) -> Path:
-    """The classifier of a data set: the file that was named, or the released one, which need not be there."""
-    return Path(file) if file else RELEASED / f"classifier-{Path(data).stem}.safetensors"
+    """The classifier of a data set: the file that was named, or the one beside the released ones, which need not be there.
+
+    Own images that are called like a named data set do not get its classifier, nor take its place.
+    """
+    name = Path(data).stem
+    own = "own-" if name in NAMES and data != name else ""
+    return Path(file) if file else RELEASED / f"classifier-{own}{name}.safetensors"
 
 
 def classifier_judge(file: str | None, network_class: Callable[..., nn.Module], images: Images, ranks: Ranks) -> Judge:
