@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import foreign
 import numpy as np
@@ -14,6 +15,7 @@ from runs import make_images
 
 import evaluate
 import import_teacher
+import prepare_latents
 import sample
 import train_classifier
 import train_student
@@ -24,6 +26,7 @@ from utils.autoencoder import Autoencoder
 from utils.checkpoints import load_network, read_weights
 from utils.data import load_data, load_images, to_pixels
 from utils.evaluation import Judge
+from utils.latents import originals
 from utils.sampling import sample_average_velocity
 from utils.seeding import generator
 from utils.teachers import check_teacher
@@ -86,10 +89,18 @@ def test_evaluation_compares_decoded_samples_with_the_originals(photo_latents, r
                    "--seeds", "1", "--device", "cpu", "--out", str(tmp_path), "--cache", str(tmp_path)])
     real, held_out, samples = judged[1:]                     # before them two, to see how many features there are
     assert real.shape == held_out.shape == samples.shape == (12, 3, 16, 16)
-    originals = load_images(str(photo_latents / "photos"), image_size=16).pixels
-    assert sorted(map(bytes, real.numpy())) == sorted(map(bytes, originals.numpy()))
+    photos = load_images(str(photo_latents / "photos"), image_size=16).pixels
+    assert sorted(map(bytes, real.numpy())) == sorted(map(bytes, photos.numpy()))
     row, = json.loads((tmp_path / "metrics.json").read_text())["rows"]
     assert row["teacher_distance [colours, n=12]"]["mean"] >= 0 and (tmp_path / "residual.png").exists()
+
+
+def test_originals_called_like_a_named_set_are_a_folder_still(photo_latents, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_images(Path("digits"), ["cat", "dog"])
+    prepare_latents.main(["digits", "latents", "--autoencoder", str(photo_latents / "autoencoder"), "--image-size", "16",
+                          "--device", "cpu"])
+    assert load_images(originals("latents")).classes == ["cat", "dog"]
 
 
 def test_autoencoder_missing_moved_or_wrong(photo_latents, results, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ V = 2: the latents of an image and of its mirror image, which is not the mirrore
 """
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,7 +201,10 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 def originals(data: str) -> str:
     """The images that a folder of latents was made from; what is no folder of latents is its own original."""
-    return read_description(Path(data))["source"] if is_latents(Path(data)) else data
+    if not is_latents(Path(data)):
+        return data
+    source = read_description(Path(data))["source"]
+    return source if os.path.dirname(source) else os.path.join(".", source)     # always a path, also if it is called mnist
 
 
 def load_latents(folder: Path, image_size: int | None) -> Latents:
