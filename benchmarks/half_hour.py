@@ -21,8 +21,11 @@ import evaluate
 from benchmarks.ablations.patches import PATCHES, check
 from benchmarks.ablations.run import add_flags, parse_flags, script_line, spike, under
 from benchmarks.gpus import finish, on_each, start
+from models import Classifier
+from utils import distributed
 from utils.config import parse_config, require, write_json
-from utils.evaluation import classifier_file
+from utils.data import load_data, load_images
+from utils.evaluation import classifier_file, classifier_judge
 from utils.json_lines import add_line, read_lines
 from utils.latents import originals
 
@@ -90,14 +93,21 @@ def check_flags(cfg: Config) -> None:
 
     Raises:
         SystemExit: bad flags.
-        ValueError: flags that are set here, or that a stage's patch cannot go with, or needs; no classifier for the evaluation.
+        ValueError: flags that are set here, or that a stage's patch cannot go with, or needs; no classifier for the evaluation, or one of
+            other images.
     """
-    for stage in stages(cfg):
-        parse_flags(stage, cfg.data, flags_of(run_command(stage, cfg.seeds[0], cfg)[1]))
+    *_, student = [parse_flags(stage, cfg.data, flags_of(run_command(stage, cfg.seeds[0], cfg)[1])) for stage in stages(cfg)]
     measured = parse_config(evaluate.Config, flags_of(evaluate_command(cfg.seeds[0], cfg)[1]), None)
-    judge = classifier_file(measured.classifier, originals(measured.data or cfg.data))
-    if measured.features == "classifier" and not judge.is_file():
+    if measured.features != "classifier":
+        return
+    data = originals(measured.data or cfg.data)
+    judge = classifier_file(measured.classifier, data)
+    if not judge.is_file():
         raise ValueError(f"no classifier {judge}: make one with train_classifier.py, and name it with --classifier in --evaluate-flags")
+    images = load_data(cfg.data, cfg.data_root, student.image_size, student.num_workers)
+    if data != cfg.data:                                    # what latents were made from, or other images
+        images = load_images(data, cfg.data_root, images.image_size, measured.num_workers, 3 if images.autoencoder else images.shape[0])
+    classifier_judge(measured.classifier, Classifier, images, distributed.start("cpu"))
 
 
 def train(stage: str, seed: int, cfg: Config, gpu: str | None) -> dict[str, Any]:

@@ -120,6 +120,16 @@ def test_so_is_a_classifier_that_is_not_there():
     half_hour.check_flags(half_hour.Config(data="digits", evaluate_flags="--features inception"))
 
 
+@pytest.mark.parametrize(("data", "size", "found"), [
+    ("digits", "16", "1, 16, .'0'"), ("{photos}/photos", "8", "3, 8, .'cat', 'dog'"), ("{photos}/prepared", "None", "3, 16, .'cat', 'dog'"),
+])
+def test_so_is_a_classifier_of_other_images(flags, photo_latents, monkeypatch, data, size, found):
+    monkeypatch.setattr(half_hour, "on_each", lambda jobs, keep: pytest.fail("training began"))
+    sized = [f"--{stage}-flags={TINY} --image-size {size}" for stage in ("teacher", "student")]
+    with pytest.raises(ValueError, match=f"judge.safetensors judges 1 channels, size 8, .*; the data have {found}"):
+        half_hour.main([*flags, "--data", data.format(photos=photo_latents), *sized])
+
+
 def test_so_are_flags_that_a_stages_patch_needs_or_cannot_go_with(flags, monkeypatch):
     monkeypatch.setattr(half_hour, "on_each", lambda jobs, keep: pytest.fail("training began"))
     with pytest.raises(ValueError, match="whole-features-1 needs --guidance-range and --one-step-from"):
