@@ -1,16 +1,24 @@
 """How a run begins and goes on: from which teacher, with whom, and over what an earlier start left."""
 
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
 from runs import COMMON, TEACHER, assert_same
 
+import evaluate
+import sample
 import train_student
 import train_student_mnist
 import train_teacher_mnist
 from models import DiT
 from utils import distributed
-from utils.checkpoints import read_metadata, write_weights
+from utils.checkpoints import read_metadata, read_weights, write_weights
+from utils.evaluation import Judge
 from utils.run_log import Run
 
 
@@ -101,6 +109,47 @@ def test_student_goes_on_without_its_teachers_folder(tmp_path, results, monkeypa
     train_teacher_mnist.main([*TEACHER, "--results-dir", str(tmp_path), "--name", "newer", "--seed", "1"])
     train_student_mnist.main(arguments)
     assert_same(results / "student-digits", tmp_path / "student-digits")
+
+
+def unnamed(file: Path, target: Path) -> None:
+    """Write a student's file as before it said which teacher it learnt from."""
+    weights, metadata = read_weights(file)
+    write_weights(target, weights, {key: value for key, value in metadata.items() if key != "teacher"})
+
+
+def test_a_student_that_names_no_teacher_goes_on_as_one_that_does(results, tmp_path, monkeypatch, capsys):
+    """From its last checkpoint with the teacher that is found, though its own copy is gone, and as the start of another run."""
+    arguments = [*COMMON, "--teacher", str(results / "teacher-digits"), "--results-dir", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "asked_to_stop", lambda self, step, stop: step == 3)
+        train_student_mnist.main(arguments)
+    run = tmp_path / "student-digits"
+    for name in ("ema", "raw"):
+        file = run / f"checkpoints/step_00000003/{name}.safetensors"
+        unnamed(file, file)
+    (run / "teacher.safetensors").unlink()
+    train_student_mnist.main([*arguments, "--name", "other", "--start-from", str(run)])
+    assert "learnt from teacher" not in capsys.readouterr().out
+    last = "checkpoints/step_00000006/ema.safetensors"
+    train_student_mnist.main(arguments)
+    assert "going on after step 3" in capsys.readouterr().out
+    assert_same(results / "student-digits", run)
+    assert read_metadata(run / last)["teacher"] == read_metadata(results / "student-digits" / last)["teacher"]
+
+
+def test_it_is_sampled_and_measured_as_one_that_does(results, tmp_path, monkeypatch, capsys):
+    """Its distance is from the teacher beside it, of which nothing is said."""
+    monkeypatch.setattr(evaluate, "classifier_judge", lambda *_: Judge("rows", lambda x: (x.float().mean((1, 2)),) * 2, False))
+    unnamed(results / "student-digits/checkpoints/step_00000006/ema.safetensors", tmp_path / "old.safetensors")
+    shutil.copy(results / "student-digits/teacher.safetensors", tmp_path)
+    flags, images, rows = ["--num-steps", "2", "--num-images", "20", "--device", "cpu"], [], []
+    for i, path in enumerate((results / "student-digits", tmp_path / "old.safetensors")):
+        sample.main([str(path), *flags, "--formats", "npz", "--out", str(tmp_path / f"s{i}")])
+        images.append(np.load(tmp_path / f"s{i}/2step.npz")["arr_0"])
+        evaluate.main([str(path), *flags, "--seeds", "1", "--out", str(tmp_path / f"e{i}"), "--cache", str(tmp_path)])
+        rows.append(json.loads((tmp_path / f"e{i}/metrics.json").read_text())["rows"])
+    assert np.array_equal(*images) and rows[0] == rows[1] and "teacher_distance [rows, n=20]" in rows[0][0]
+    assert "learnt from" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", [train_student_mnist, train_student])
