@@ -11,8 +11,7 @@ import release
 import sample
 import train_student_mnist
 from models import DiT, SiT, build_network, student_from_teacher
-from utils.checkpoints import load_network, start_from, weights_id, write_weights
-from utils.evaluation import RELEASED
+from utils.checkpoints import RELEASED, load_network, start_from, weights_id, write_weights
 
 PARTS = dict(extra_blocks=2, input_skip=True)
 TEACHERS = {"DiT": lambda: randomised(DiT("DiT-Nano/4", 8, 1, 3)), "SiT": lambda: randomised(SiT("SiT-4x8x2/4", 8, 1, 3))}

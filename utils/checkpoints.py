@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 FORMAT = "splitmeanflow/1"
 MODEL_FILE = "model.safetensors"                            # of a model folder, see `models.hub`
+RELEASED = Path(__file__).parent.parent / "checkpoints"     # weights that come with the project
 UMASK = os.umask(0o077)                                     # it can be read only by setting it
 os.umask(UMASK)
 STEP_FOLDER = re.compile(r"step_(\d{8})")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from utils import metrics
 from utils.autoencoder import NoAutoencoder
-from utils.checkpoints import fingerprint, load_network
+from utils.checkpoints import RELEASED, fingerprint, load_network
 from utils.data import NAMES, Images, hash_order, to_pixels, to_range
 from utils.distributed import Ranks
 from utils.latents import Latents
@@ -22,7 +22,6 @@ from utils.metrics import Features
 from utils.seeding import generator
 
 Sample = Callable[[Tensor, Tensor], Tensor]             # from noise z (B, C, H, W) and labels y (B,) to images
-RELEASED = Path(__file__).parent.parent / "checkpoints"
 BLAS_THREADS = 8            # of NumPy's products; all of a server's wait for each other: 64 took twice as long, and ten times the work
 
 

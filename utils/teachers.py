@@ -5,12 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from utils.autoencoder import same_autoencoder
-from utils.checkpoints import CheckpointError, is_finished, read_metadata, resolve_weights, step_folders
+from utils.checkpoints import RELEASED, CheckpointError, is_finished, read_metadata, resolve_weights, step_folders
 from utils.config import read_config
 from utils.data import NAMES, Images
 from utils.latents import Latents
-
-RELEASED = Path(__file__).parent.parent / "checkpoints"
 
 
 def find_teacher(teacher: str | None, results_dir: str, data: str, image_size: int, kept: Path | None = None) -> Path:
