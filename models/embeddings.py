@@ -10,6 +10,7 @@ from torch import Tensor, nn
 # interval splitting compares u at neighbouring times (cf. Lu & Song, arXiv 2410.11081, on consistency models).
 # Samples change slowly with the guidance scale; told by such fast features, a briefly trained student was uneven in it.
 LOWEST_FREQUENCY, HIGHEST_FREQUENCY, OF_GUIDANCE = 1.0, 128.0, 8.0
+NUM_FEATURES = 256
 
 
 def sinusoid(t: Tensor, num_features: int, highest_frequency: float = HIGHEST_FREQUENCY) -> Tensor:
@@ -32,15 +33,15 @@ def sinusoid(t: Tensor, num_features: int, highest_frequency: float = HIGHEST_FR
 class TimeEmbedding(nn.Module):
     """A sinusoid and a two-layer MLP, for the time t and, in a student, for the interval t - r and 1 / guidance scale."""
 
-    def __init__(self, width: int, num_features: int = 256, highest_frequency: float = HIGHEST_FREQUENCY):
+    def __init__(self, width: int, highest_frequency: float = HIGHEST_FREQUENCY):
         super().__init__()
-        self.num_features, self.highest_frequency = num_features, highest_frequency
-        self.hidden = nn.Linear(num_features, width)
+        self.highest_frequency = highest_frequency
+        self.hidden = nn.Linear(NUM_FEATURES, width)
         self.out = nn.Linear(width, width)
 
     def forward(self, t: Tensor) -> Tensor:
         """t: (B,) in [0, 1]. Returns (B, width)."""
-        features = sinusoid(t, self.num_features, self.highest_frequency).to(self.hidden.weight.dtype)
+        features = sinusoid(t, NUM_FEATURES, self.highest_frequency).to(self.hidden.weight.dtype)
         return self.out(nn.functional.silu(self.hidden(features)))
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.dit import Preset, modulate
-from models.embeddings import TimeEmbedding
+from models.embeddings import NUM_FEATURES, TimeEmbedding
 from models.transformer import Transformer
 
 SIZES = {
@@ -76,15 +76,14 @@ def position_table(grid_size: int, width: int) -> Tensor:
 class ForeignTimeEmbedding(nn.Module):
     """Sinusoid of their time, with periods from 2 pi to 2 pi x 10000, followed by a two-layer MLP."""
 
-    def __init__(self, width: int, num_features: int = 256):
+    def __init__(self, width: int):
         super().__init__()
-        self.num_features = num_features
-        self.hidden = nn.Linear(num_features, width)
+        self.hidden = nn.Linear(NUM_FEATURES, width)
         self.out = nn.Linear(width, width)
 
     def forward(self, time: Tensor) -> Tensor:
         """time: (B,), in their direction and scale. Returns (B, width)."""
-        half = self.num_features // 2
+        half = NUM_FEATURES // 2
         index = torch.arange(half, device=time.device, dtype=torch.float32)
         frequency = torch.exp(index * -math.log(MAX_PERIOD) / half)
         angle = time.float()[:, None] * frequency                                           # (B, F/2), float32

@@ -22,6 +22,7 @@ from utils.metrics import Features
 from utils.seeding import generator
 
 Sample = Callable[[Tensor, Tensor], Tensor]             # from noise z (B, C, H, W) and labels y (B,) to images
+QUICK_IMAGES = 5_000        # samples of each row of a quick evaluation
 BLAS_THREADS = 8            # of NumPy's products; all of a server's wait for each other: 64 took twice as long, and ten times the work
 
 
@@ -202,19 +203,18 @@ class QuickEvaluation:
         classifier, network_class: see `classifier_judge`, also for the errors.
         images: the training split.
         results_dir: its features are kept in here, in features/.
-        num_images: samples of each row; more than there are features.
 
     Raises:
         ValueError: the training split is latents, or has too few images.
     """
 
     def __init__(self, classifier: str | None, network_class: Callable[..., nn.Module], images: Images | Latents, ranks: Ranks,
-                 results_dir: str, num_images: int = 5_000):
+                 results_dir: str):
         if images.autoencoder is not None:
             raise ValueError(f"--eval-every: --data {images.name} holds latents, without the pixels that samples are compared with; "
                              "leave it out, and run evaluate.py on the checkpoints")
         self.judge, self.ranks, self.shape = classifier_judge(classifier, network_class, images, ranks), ranks, images.shape
-        self.labels = even_labels(num_images, images)
+        self.labels = even_labels(QUICK_IMAGES, images)
         self.reference = reference_features(self.judge, shuffled(images)[0], Path(results_dir, "features")) if ranks.is_main else None
         if self.reference and len(images) <= (width := self.reference.features.shape[1]):
             raise ValueError(f"--eval-every: {len(images)} images are too few for a distance of {width} features, which needs more; leave "

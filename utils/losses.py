@@ -40,9 +40,9 @@ def squared_error(prediction: Tensor, target: Tensor, edge_weight: float = 0.0) 
     return own + edge_weight * sum(error.diff(dim=dim).square().flatten(1).mean(1) for dim in (2, 3))
 
 
-def adaptive_weight(loss: Tensor, power: float, floor: float = 1e-3) -> Tensor:
-    """loss / sg(loss + floor)^power, (B,) to (B,); sg stops the gradient. Power 0: plain loss (MeanFlow, arXiv 2505.13447, Sec. 4.3)."""
-    return loss / (loss.detach() + floor) ** power
+def adaptive_weight(loss: Tensor, power: float) -> Tensor:
+    """loss / sg(loss + 0.001)^power, (B,) to (B,); sg stops the gradient. Power 0: plain loss (MeanFlow, arXiv 2505.13447, Sec. 4.3)."""
+    return loss / (loss.detach() + 1e-3) ** power
 
 
 def flow_matching_loss(v: Velocity, x: Tensor, eps: Tensor, t: Tensor, y: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 MOST_BYTES = 2**31 - 2**20          # of one protobuf message
+LEAST_HALVED = 1024                 # values of a weight that is worth a cast
 
 
 def check_packages() -> None:
@@ -82,18 +83,15 @@ def repeat_step(model: "ModelProto", times: Sequence[float]) -> "ModelProto":
     return helper.make_model(whole, opset_imports=model.opset_import, ir_version=model.ir_version, functions=model.functions)
 
 
-def store_half(model: "ModelProto", least: int = 1024) -> None:
-    """Store float32 weights as float16, with a cast back that runs once, when the file is loaded. Nothing is rounded.
-
-    Args:
-        least: smaller ones, and those that float16 cannot hold exactly (tables of sines, say), stay as they are.
-    """
+def store_half(model: "ModelProto") -> None:
+    """Store float32 weights as float16, with a cast back that runs once, when the file is loaded. Nothing is rounded: those that float16
+    cannot hold exactly (tables of sines, say) stay as they are, and so do small ones."""
     from onnx import TensorProto, helper, numpy_helper
 
     casts = []
     for tensor in model.graph.initializer:
         values = numpy_helper.to_array(tensor)
-        if tensor.data_type != TensorProto.FLOAT or values.size < least:
+        if tensor.data_type != TensorProto.FLOAT or values.size < LEAST_HALVED:
             continue
         half = values.astype(np.float16)
         if np.array_equal(half, values):
