@@ -18,7 +18,7 @@ from torch import Tensor
 
 from models import dit
 
-EPS, LOG2_E = tl.constexpr(1e-6), tl.constexpr(1.4426950408889634)
+TINY, LOG2_E = tl.constexpr(1e-6), tl.constexpr(1.4426950408889634)
 MOST_PATCHES, KEYS = 256, 64                                # keys at a time
 
 
@@ -31,7 +31,7 @@ def rotated(pointer, stride, rows, there, cos_pointer, sin_pointer, SIZE: tl.con
     partner = tl.load(pointer + rows[:, None] * stride + ((i + HALF) % SIZE)[None, :], there, 0.0).to(tl.float32)
     cos = tl.load(cos_pointer + rows[:, None] * HALF + (i % HALF)[None, :], there, 0.0)
     sin = tl.load(sin_pointer + rows[:, None] * HALF + (i % HALF)[None, :], there, 0.0)
-    factor = tl.rsqrt(tl.sum(x * x, 1) / SIZE + EPS)
+    factor = tl.rsqrt(tl.sum(x * x, 1) / SIZE + TINY)
     return (x * cos + partner * tl.where((i < HALF)[None, :], -sin, sin)) * factor[:, None], factor
 
 
