@@ -37,7 +37,7 @@ class Config:
     num_heads: int | None = None                # attention heads; None: those of the preset or known size
     image_size: int | None = None               # side of the images or latents; None: as found; a number must match that
     num_classes: int | None = None              # classes, without the null class; None: as found; a number must match that
-    class_names: str | None = None              # text file, one class name a line, in the order of the labels; None: 0, 1, 2, ...
+    class_names: str | None = None              # text file, a class name a line, in the labels' order; None: those of latents, or 0, 1, ...
     data: str | None = None                     # what it was trained on, as for --data of train_student.py; needed if that is latents
     ignore: tuple[str, ...] = ()                # prefixes of names to leave out: parts that only training used
     precision: Literal["float32", "bfloat16"] = "float32"   # number format of the weights in the file

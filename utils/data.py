@@ -29,8 +29,8 @@ PATH_SIZE = 32                                              # side of images of 
 class Images:
     """A data set in memory.
 
-    pixels: (N, C, H, H) uint8. labels: (N,) long. classes: their names; empty for an unconditional set, whose labels are
-    all 0, which is then the null class. flip: whether an image's mirror image belongs to the data too.
+    name: one of `NAMES`, or a path. pixels: (N, C, H, H) uint8. labels: (N,) long. classes: their names; empty for an unconditional
+    set, whose labels are all 0, which is then the null class. flip: whether an image's mirror image belongs to the data too.
     """
 
     name: str
@@ -154,7 +154,7 @@ def load_data(data: str, data_root: str = "data", image_size: int | None = None,
     """What a training script learns from: images as `load_images` reads them, or the folder of prepare_latents.py.
 
     Raises:
-        ValueError: as by `load_images` and `check_guidance`.
+        ValueError: as by `load_images`, `load_latents` and `check_guidance`.
     """
     check = partial(check_guidance, guidance_scales)
     if not is_latents(Path(data)):

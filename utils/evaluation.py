@@ -68,12 +68,12 @@ def classifier_judge(file: str | None, network_class: Callable[..., nn.Module], 
     """The frozen classifier of a data set.
 
     Args:
-        file: what train_classifier.py wrote; None for the released one of these images.
+        file: what train_classifier.py wrote; None: see `classifier_file`.
         network_class: `models.classifier.Classifier`.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is of other images.
+        ValueError: it is of other images, or no classifier.
     """
     path = classifier_file(file, images.name)
     if not path.is_file():

@@ -61,8 +61,8 @@ def same_classes(metadata: dict[str, Any], classes: list[str]) -> bool:
 
 
 def check_teacher(path: Path, metadata: dict, images: Images | Latents, model: str | None) -> None:
-    """Raise ValueError unless the file is a teacher's and fits the data's size, channels, classes (names, in order) and autoencoder, and
-    --model if given."""
+    """Raise ValueError unless the file is a teacher's and fits the data's size, channels, classes (see `same_classes`) and autoencoder,
+    and --model if given."""
     if metadata["kind"] != "teacher":
         raise ValueError(f"--teacher {path} is a {metadata['kind']}; a student needs a teacher")
     architecture = metadata["architecture"]
