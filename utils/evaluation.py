@@ -96,8 +96,11 @@ def classifier_judge(file: str | None, network_class: Callable[..., nn.Module], 
                  held_out=metadata.get("held_out"))
 
 
-def compare(judge: Judge, samples: Features, labels: Tensor | None, reference: Features) -> dict[str, float]:
-    """All metrics of one set of samples; reference: the training split, of which precision and recall see as many images."""
+def compare(judge: Judge, samples: Features, labels: Tensor, reference: Features) -> dict[str, float]:
+    """All metrics of one set of samples, of classes `labels` (N,).
+
+    reference: the training split, of which precision and recall see as many images.
+    """
     import torch_fidelity.metric_prc  # noqa: F401 - slow to import, and three threads that begin it at once fail
 
     same_number = reference.features[: len(samples.features)]
@@ -107,9 +110,9 @@ def compare(judge: Judge, samples: Features, labels: Tensor | None, reference: F
         kernel = threads.submit(metrics.kernel_distance, samples.features, reference.features)
         precision, recall = metrics.precision_recall(samples.features, same_number)
         result = {"frechet_distance": frechet.result(), "kernel_distance": kernel.result(), "precision": precision, "recall": recall}
-    if judge.knows_classes and labels is not None:
+    if judge.knows_classes:
         result["class_accuracy"] = metrics.class_accuracy(samples.logits, labels)
-    if not judge.knows_classes:
+    else:
         result["inception_score"] = metrics.inception_score(samples.logits)
     return result
 
@@ -221,7 +224,7 @@ class QuickEvaluation:
                              "it out")
 
     def __call__(self, samplers: dict[str, Sample]) -> dict[str, float]:
-        """From named samplers to "fd_<name>" and, if there are classes, "accuracy_<name>"; always from the same noise.
+        """From named samplers to "fd_<name>" and "accuracy_<name>"; always from the same noise.
 
         All ranks draw, rank 0 measures; the others return nothing.
         """
@@ -233,8 +236,7 @@ class QuickEvaluation:
                 continue
             seen = self.judge(pixels)
             result[f"fd_{name}"] = metrics.frechet_distance(seen.features, self.reference.features)
-            if self.judge.knows_classes:
-                result[f"accuracy_{name}"] = metrics.class_accuracy(seen.logits, self.labels)
+            result[f"accuracy_{name}"] = metrics.class_accuracy(seen.logits, self.labels)
         return result
 
 
