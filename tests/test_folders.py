@@ -226,7 +226,9 @@ def test_neither_folder_nor_zip(tmp_path):
 
 def test_unreadable_image_is_named(class_folders):
     (class_folders / "dog/broken.png").write_text("no image")
-    refused(class_folders, r"cannot read image .*dog/broken\.png")
+    refused(class_folders, r"cannot read image .*dog/broken\.png: its 8 bytes are no image that Pillow reads$")
+    (class_folders / "dog/broken.png").write_bytes(b"")
+    refused(class_folders, r"cannot read image .*dog/broken\.png: its 0 bytes are no image")
 
 
 def encoded(kind: str) -> bytes:

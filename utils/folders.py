@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -101,6 +101,8 @@ def decode(name: str, content: bytes, size: int) -> tuple[np.ndarray, bool]:
             file.load()
             ImageOps.exif_transpose(file, in_place=True)
             image = file
+    except UnidentifiedImageError as error:                 # names the object in memory
+        raise ValueError(f"cannot read image {name}: its {len(content)} bytes are no image that Pillow reads") from error
     except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read image {name}: {error}") from error
     if image.mode[0] in "FI":                               # gray of more than 8 bits
