@@ -7,6 +7,7 @@ Numbers from two judges cannot be compared. The released judges stay as they are
 """
 
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -145,6 +146,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(held_out) == 0:
         raise ValueError(f"--data {cfg.data}: of {len(images)} images a tenth is none, and the accuracy is measured on that; name others "
                          "with --held-out")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(target.parent, os.W_OK):               # told now and not after the training
+        raise ValueError(f"{target}: its folder may not be written to; use another --out")
     start = time.monotonic()
     network = train(images, cfg, ranks)
     weights = {name: tensor.half() if tensor.dim() > 1 else tensor for name, tensor in network.state_dict().items()}
@@ -153,7 +157,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{len(images)} images in {time.monotonic() - start:.0f} s; accuracy {right:.4f} on {len(held_out)} held-out images")
     if right < cfg.min_accuracy:
         raise ValueError(f"accuracy {right:.4f} is below --min-accuracy {cfg.min_accuracy}: nothing was written; more --epochs may help")
-    target.parent.mkdir(parents=True, exist_ok=True)
     config = {key: value for key, value in to_dict(cfg).items() if key not in ("data_root", "device", "num_workers", "out", "replace")}
     metadata = dict(kind="classifier", architecture=network.architecture, classes=images.classes, config=config,
                     image_size=images.shape[-1], accuracy=right, held_out=fingerprint(shuffled(held_out)[0]))
