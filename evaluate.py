@@ -36,6 +36,7 @@ from utils.evaluation import (
     Judge,
     Sample,
     TeacherDistance,
+    check_counts,
     classifier_judge,
     compare,
     draw,
@@ -241,11 +242,8 @@ def main(argv: Sequence[str] | None = None, config: type[Config] = Config, rows_
 
     # The training split and the floor.
     real, real_labels = shuffled(images)
-    least = judge(real[:2]).features.shape[1] + 1
-    require(cfg, "num_images", cfg.num_images >= least, f"at least {least}: one more than the judge has features")
-    metrics.check_pixels(real, least, "training images")
     floor_pixels, floor_labels = shuffled(held_out)
-    metrics.check_pixels(floor_pixels[: cfg.num_images], least, "held-out images")
+    least = check_counts(judge, cfg.num_images, real, floor_pixels)
     reference = reference_features(judge, real, Path(cfg.cache))
     if judge.knows_classes and images.name not in WITH_TEST_SPLIT and judge.held_out != fingerprint(floor_pixels):
         print(f"note: {judge.name} was trained with other images held out, or before that was noted: it may know some of these, which are "

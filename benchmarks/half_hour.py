@@ -24,8 +24,8 @@ from benchmarks.gpus import finish, on_each, start
 from models import Classifier
 from utils import distributed
 from utils.config import parse_config, require, write_json
-from utils.data import load_data, load_images
-from utils.evaluation import classifier_file, classifier_judge
+from utils.data import load_data, load_held_out, load_images
+from utils.evaluation import check_counts, classifier_file, classifier_judge
 from utils.json_lines import add_line, read_lines
 from utils.latents import originals
 
@@ -94,20 +94,22 @@ def check_flags(cfg: Config) -> None:
     Raises:
         SystemExit: bad flags.
         ValueError: flags that are set here, or that a stage's patch cannot go with, or needs; no classifier for the evaluation, or one of
-            other images.
+            other images; held-out images of other classes, or too few images to compare.
     """
     *_, student = [parse_flags(stage, cfg.data, flags_of(run_command(stage, cfg.seeds[0], cfg)[1])) for stage in stages(cfg)]
     measured = parse_config(evaluate.Config, flags_of(evaluate_command(cfg.seeds[0], cfg)[1]), None)
     if measured.features != "classifier":
         return
     data = originals(measured.data or cfg.data)
-    judge = classifier_file(measured.classifier, data)
-    if not judge.is_file():
-        raise ValueError(f"no classifier {judge}: make one with train_classifier.py, and name it with --classifier in --evaluate-flags")
+    file = classifier_file(measured.classifier, data)
+    if not file.is_file():
+        raise ValueError(f"no classifier {file}: make one with train_classifier.py, and name it with --classifier in --evaluate-flags")
     images = load_data(cfg.data, cfg.data_root, student.image_size, student.num_workers)
     if data != cfg.data:                                    # what latents were made from, or other images
         images = load_images(data, cfg.data_root, images.image_size, measured.num_workers, 3 if images.autoencoder else images.shape[0])
-    classifier_judge(measured.classifier, Classifier, images, distributed.start("cpu"))
+    judge = classifier_judge(measured.classifier, Classifier, images, distributed.start("cpu"))
+    images, held_out = load_held_out(images, measured.held_out, cfg.data_root, measured.num_workers)
+    check_counts(judge, measured.num_images, images.pixels, held_out.pixels)
 
 
 def train(stage: str, seed: int, cfg: Config, gpu: str | None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+from PIL import Image
 from runs import STEPS
 
 import train_classifier
@@ -128,6 +129,19 @@ def test_so_is_a_classifier_of_other_images(flags, photo_latents, monkeypatch, d
     sized = [f"--{stage}-flags={TINY} --image-size {size}" for stage in ("teacher", "student")]
     with pytest.raises(ValueError, match=f"judge.safetensors judges 1 channels, size 8, .*; the data have {found}"):
         half_hour.main([*flags, "--data", data.format(photos=photo_latents), *sized])
+
+
+@pytest.mark.parametrize(("flag", "message"), [
+    ("--held-out nowhere", "--held-out nowhere: no such data set or path"), ("--held-out {few}", "held-out images: 10 images are too few"),
+    ("--num-images 32", "--num-images 32: must be at least 33"),
+])
+def test_so_are_images_that_cannot_be_compared(flags, tmp_path, monkeypatch, flag, message):
+    for name in map(str, range(10)):
+        (tmp_path / "few" / name).mkdir(parents=True)
+        Image.new("L", (8, 8), 200).save(tmp_path / "few" / name / "a.png")
+    monkeypatch.setattr(half_hour, "on_each", lambda jobs, keep: pytest.fail("training began"))
+    with pytest.raises(ValueError, match=message):
+        half_hour.main([*flags[:-1], f"{flags[-1]} {flag.format(few=tmp_path / 'few')}"])
 
 
 def test_so_are_flags_that_a_stages_patch_needs_or_cannot_go_with(flags, monkeypatch):

@@ -96,6 +96,20 @@ def classifier_judge(file: str | None, network_class: Callable[..., nn.Module], 
                  held_out=metadata.get("held_out"))
 
 
+def check_counts(judge: Judge, num_images: int, real: Tensor, held_out: Tensor) -> int:
+    """The least number of images that can be compared: one more than the judge has features.
+
+    Raises:
+        ValueError: fewer samples, training images or held-out images.
+    """
+    least = judge(real[:2]).features.shape[1] + 1
+    if num_images < least:
+        raise ValueError(f"--num-images {num_images}: must be at least {least}: one more than the judge has features")
+    metrics.check_pixels(real, least, "training images")
+    metrics.check_pixels(held_out[:num_images], least, "held-out images")
+    return least
+
+
 def compare(judge: Judge, samples: Features, labels: Tensor, reference: Features) -> dict[str, float]:
     """All metrics of one set of samples, of classes `labels` (N,).
 
