@@ -79,7 +79,7 @@ def classifier_judge(file: str | None, network_class: Callable[..., nn.Module], 
     if not path.is_file():
         advice = (f"make one with python train_classifier.py --data {images.name} --image-size {images.shape[-1]} and name it with "
                   "--classifier" if len(images.classes) > 1 else
-                  "there can be none without classes: leave --eval-every out, and run evaluate.py --features inception on the checkpoints")
+                  "there can be none without classes: run evaluate.py with --features inception, and train without --eval-every")
         raise FileNotFoundError(f"no classifier {path}; {advice}")
     network, metadata = load_network(path, network_class, ranks.device)
     if metadata["kind"] != "classifier":
