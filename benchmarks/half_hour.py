@@ -88,22 +88,31 @@ def flags_of(line: list[str]) -> list[str]:
     return flags
 
 
-def check_flags(cfg: Config) -> None:
+def check_flags(cfg: Config) -> tuple[Any, evaluate.Config]:
     """Parse what all stages will be given, so that bad flags are told now and not after a training.
+
+    Returns:
+        The student's settings, and evaluate.py's.
 
     Raises:
         SystemExit: bad flags.
-        ValueError: flags that are set here, or that a stage's patch cannot go with, or needs; no classifier for the evaluation, or one of
-            other images; held-out images of other classes, or too few images to compare.
+        ValueError: flags that are set here, or that a stage's patch cannot go with, or needs; no classifier for the evaluation.
     """
     *_, student = [parse_flags(stage, cfg.data, flags_of(run_command(stage, cfg.seeds[0], cfg)[1])) for stage in stages(cfg)]
     measured = parse_config(evaluate.Config, flags_of(evaluate_command(cfg.seeds[0], cfg)[1]), None)
-    if measured.features != "classifier":
-        return
-    data = originals(measured.data or cfg.data)
-    file = classifier_file(measured.classifier, data)
-    if not file.is_file():
+    file = classifier_file(measured.classifier, originals(measured.data or cfg.data))
+    if measured.features == "classifier" and not file.is_file():
         raise ValueError(f"no classifier {file}: make one with train_classifier.py, and name it with --classifier in --evaluate-flags")
+    return student, measured
+
+
+def check_images(cfg: Config, student: Any, measured: evaluate.Config) -> None:
+    """Read the images and their judge as the evaluation will, for what it would refuse.
+
+    Raises:
+        ValueError: a judge of other images; held-out images of other classes, or too few images to compare.
+    """
+    data = originals(measured.data or cfg.data)
     images = load_data(cfg.data, cfg.data_root, student.image_size, student.num_workers)
     if data != cfg.data:                                    # what latents were made from, or other images
         images = load_images(data, cfg.data_root, images.image_size, measured.num_workers, 3 if images.autoencoder else images.shape[0])
@@ -145,8 +154,7 @@ def one_seed(seed: int, cfg: Config, gpu: str | None) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse_config(Config, argv, __doc__)
-    check_flags(cfg)
-    Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+    student, measured = check_flags(cfg)
     done = {row["seed"]: row for row in read_lines(Path(cfg.out)) if row["name"] == cfg.name}
     for seed in set(cfg.seeds) & done.keys():
         for stage in stages(cfg):
@@ -154,8 +162,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             if asked != was:
                 raise ValueError(f"--name {cfg.name}: {cfg.out} holds a row of seed {seed} by another command; choose another --name.\n"
                                  f"asked: {asked}\nwas: {was}")
-
-    on_each([partial(one_seed, seed, cfg) for seed in cfg.seeds if seed not in done], partial(add_line, Path(cfg.out)))
+    jobs = [partial(one_seed, seed, cfg) for seed in cfg.seeds if seed not in done]
+    if jobs and measured.features == "classifier":
+        check_images(cfg, student, measured)
+    Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
+    on_each(jobs, partial(add_line, Path(cfg.out)))
 
 
 if __name__ == "__main__":
