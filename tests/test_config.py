@@ -225,6 +225,18 @@ def test_differences_name_the_field_and_both_values(change, said):
     assert differences(to_dict(STUDENT(lr=0.125)), to_dict(STUDENT(**{"lr": 0.125, **change}))) == [said]
 
 
+@pytest.mark.parametrize("field", ["data", "teacher", "start_from"])
+@pytest.mark.parametrize("name", ["mnist", "photos"])
+def test_differences_pass_over_how_a_path_is_written(field, name):
+    ways = [f"./{name}", f"{name}/", f"{name}/../{name}", str(Path.cwd() / name)]
+    configs = [to_dict(STUDENT(**{field: way})) for way in ways]
+    assert [differences(configs[0], config) for config in configs] == [[]] * 4
+
+
+def test_differences_know_a_named_set_from_a_folder_of_its_name():
+    assert differences(to_dict(STUDENT(data="mnist")), to_dict(STUDENT(data="./mnist"))) == ["data: ./mnist, was mnist"]
+
+
 def test_differences_see_a_field_that_one_of_them_lacks():
     config = to_dict(STUDENT())
     without = {key: value for key, value in config.items() if key != "first_leg"}

@@ -52,8 +52,6 @@ class RunConfig:
     comet: Literal["auto", "offline", "off"] = "auto"   # log to comet.com; auto: online if a key is configured, else offline
 
     def __post_init__(self) -> None:
-        plain = self.data and os.path.normpath(self.data)                           # photos/ and ./photos are photos,
-        object.__setattr__(self, "data", self.data if plain in TEACHER else plain)          # but ./mnist is a folder
         for field in ("steps", "global_batch_size", "log_every", "sample_every", "save_every", "keep", "num_workers"):
             require(self, field, getattr(self, field) >= 1, "at least 1")
         require(self, "eval_every", self.eval_every is None or self.eval_every >= 1, "at least 1, or None")
@@ -66,6 +64,9 @@ class RunConfig:
 # A run may be continued with other values of these: they do not change what it computes.
 FREE_FIELDS = {"max_minutes", "device", "compile", "cuda_graph", "shard", "results_dir", "name", "log_every", "sample_every", "save_every",
                "keep", "eval_every", "classifier", "num_workers", "comet", "data_root", "autoencoder"}
+
+# Paths among the others, which may be written in several ways.
+PATHS = ("data", "teacher", "start_from")
 
 # What a run did before there was such a field.
 ADDED_LATER = {"augment": 0.0, "edge_weight": 0.0, "guidance_range": None, "extra_blocks": 0, "input_skip": False, "flip": None,
@@ -185,7 +186,15 @@ def to_dict(config: Any) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(config).items()}
 
 
+def place(path: str | None) -> str | None:
+    """What a path leads to, in whichever way it is written: photos/ is ./photos, but ./mnist is a folder and mnist a named data set."""
+    return path if path is None or path in TEACHER else os.path.abspath(path)
+
+
 def differences(config: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """What in `other` makes it another run: "field: value, was value", for all but `FREE_FIELDS`."""
-    keys = [key for key in {**config, **other} if key not in FREE_FIELDS]
-    return [f"{key}: {other.get(key)}, was {config.get(key)}" for key in keys if other.get(key) != config.get(key)]
+    def value(values: dict[str, Any], key: str) -> Any:
+        return place(values.get(key)) if key in PATHS else values.get(key)
+
+    keys = [key for key in {**config, **other} if key not in FREE_FIELDS and value(other, key) != value(config, key)]
+    return [f"{key}: {other.get(key)}, was {config.get(key)}" for key in keys]

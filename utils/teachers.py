@@ -6,7 +6,7 @@ from typing import Any
 
 from utils.autoencoder import same_autoencoder
 from utils.checkpoints import RELEASED, CheckpointError, is_finished, read_metadata, resolve_weights, step_folders
-from utils.config import read_config
+from utils.config import place, read_config
 from utils.data import NAMES, Images
 from utils.latents import Latents
 
@@ -28,7 +28,8 @@ def find_teacher(teacher: str | None, results_dir: str, data: str, image_size: i
     runs, sizes = [], []
     for file in Path(results_dir).glob("*/config.json"):
         config = read_config(file)
-        if (config.get("stage"), config.get("data")) != ("teacher", data) or not (folders := step_folders(file.parent / "checkpoints")):
+        of_data = config.get("stage") == "teacher" and place(config.get("data")) == place(data)
+        if not of_data or not (folders := step_folders(file.parent / "checkpoints")):
             continue
         path = folders[-1] / "ema.safetensors"
         try:
