@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from models import build_network
 from utils.checkpoints import load_network
-from utils.config import parse_config, require
+from utils.config import parse_config, public, require
 from utils.flow import step
 from utils.onnx_graph import check_packages, repeat_step, run_file, store_half, to_onnx
 from utils.sampling import sample_average_velocity, time_grid
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     information = dict(form=cfg.form, num_steps=None if is_step else cfg.num_steps, classes=metadata["classes"], shape=shape,
                        guidance_scale=cfg.guidance_scale or metadata["config"].get("guidance_scale"),       # with a range: what is usual
                        guidance_range=network.guidance_range if cfg.guidance_input else None,
-                       autoencoder=metadata.get("autoencoder"), step=metadata["step"])
+                       autoencoder=public(metadata).get("autoencoder"), step=metadata["step"])
     try:
         if onnx:
             # A sampler's graph is one step repeated by a loop: unrolled, four steps take minutes to translate.

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from models import build_network
 from utils.checkpoints import load_network, read_weights, resolve_weights, save_model_folder, weights_id, write_weights
-from utils.config import FREE_FIELDS, is_vacant, parse_config, require
+from utils.config import is_vacant, parse_config, place, public, require
 from utils.model_card import model_card
 
 
@@ -49,11 +49,12 @@ def mean_of(sources: Sequence[Path]) -> tuple[dict[str, Tensor], dict[str, Any]]
         ValueError: one is of another kind, architecture, teacher, autoencoder, classes, data or, of students, guidance than the first.
     """
     def same(metadata: dict[str, Any]) -> dict[str, Any]:
-        learned = ("data", "guidance_scale", "guidance_interval") if metadata["kind"] == "student" else ("data",)  # a teacher's is of grids
+        learned = ("guidance_scale", "guidance_interval") if metadata["kind"] == "student" else ()         # a teacher's is of grids
         return ({key: metadata.get(key) for key in ("kind", "architecture", "teacher", "autoencoder", "classes")}
-                | {key: metadata["config"].get(key) for key in learned})
+                | {key: metadata["config"].get(key) for key in learned} | {"data": place(metadata["config"].get("data"))})
 
     networks, metadata = zip(*(load_network(source, build_network) for source in sources), strict=True)
+    metadata = [public(each) for each in metadata]          # as one of them may have been released already
     for source, other in zip(sources[1:], metadata[1:], strict=True):
         for key, value in same(metadata[0]).items():
             if same(other)[key] != value:
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if metadata["kind"] not in ("teacher", "student"):
         raise ValueError(f"{source} is a {metadata['kind']}; teachers and students are released")
     weights = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
-    metadata["config"] = {key: value for key, value in metadata["config"].items() if key not in FREE_FIELDS}    # folders and the like
+    metadata = public(metadata)
     target.parent.mkdir(parents=True, exist_ok=True)
     what = f"{metadata['kind']}, step {metadata['step']}" + (f", mean of {1 + len(cfg.mean_with)}" if cfg.mean_with else "")
     if target.suffix == ".safetensors":

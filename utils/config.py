@@ -198,3 +198,21 @@ def differences(config: dict[str, Any], other: dict[str, Any]) -> list[str]:
 
     keys = [key for key in {**config, **other} if key not in FREE_FIELDS and value(other, key) != value(config, key)]
     return [f"{key}: {other.get(key)}, was {config.get(key)}" for key in keys]
+
+
+def public_path(path: str) -> str:
+    """A path as others may read it: an absolute one from the working folder on or, if it lies elsewhere, its last part alone."""
+    if not os.path.isabs(path):
+        return path
+    whole, here = Path(os.path.normpath(path)), Path.cwd()
+    short = str(whole.relative_to(here)) if whole.is_relative_to(here) else whole.name
+    return os.path.join(".", short) if short in TEACHER else short              # no folder becomes a named data set
+
+
+def public(metadata: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's metadata as others may read them: without `FREE_FIELDS`, folders and the like, other paths by `public_path`."""
+    config = {key: public_path(value) if key in PATHS and value else value
+              for key, value in metadata["config"].items() if key not in FREE_FIELDS}
+    if autoencoder := metadata.get("autoencoder"):
+        metadata = {**metadata, "autoencoder": {**autoencoder, "source": public_path(autoencoder["source"])}}
+    return {**metadata, "config": config}

@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from utils.config import public_path
 from utils.guidance import guidance_in_words
 from utils.json_lines import read_lines
 
@@ -29,7 +30,8 @@ def training_lines(run: Path, config: dict[str, Any], step: int) -> list[str]:
         return [f"These weights were trained elsewhere and imported from `{config['imported_from']}` (sha256 {config['sha256']})."]
     lines = [f"Trained for {step} updates of {config['global_batch_size']} images of `{config['data']}`, with seed {config['seed']}."]
     for start in read_json(run / "environment.json") or []:
-        command = shlex.join(["python", Path(start["command"][0]).name, *start["command"][1:]])
+        flags = ["=".join(map(public_path, flag.split("="))) for flag in start["command"][1:]]
+        command = shlex.join(["python", Path(start["command"][0]).name, *flags])
         lines.append(f"\n    {command}\n\nran on {start['device']}, in {start['processes']} process(es), with torch {start['torch']}, "
                      f"commit {start['git_commit'] or 'unknown'}, from step {start['after_step']}.")
     if rows := read_lines(run / "metrics.jsonl"):
@@ -49,7 +51,10 @@ def numbers_of(evaluation: Path, weights: str) -> str:
     measured = protocol.get("weights", "of an older evaluate.py, which did not say")
     if measured != f"EMA {weights}":
         raise ValueError(f"{evaluation} is of the weights {measured}, not of these, EMA {weights}; make it anew with evaluate.py")
-    return table.read_text().strip()
+    text = table.read_text().strip()
+    for key in protocol.keys() & {"checkpoint", "data"}:
+        text = text.replace(f"{key} {protocol[key]}", f"{key} {public_path(protocol[key])}")
+    return text
 
 
 def model_card(name: str, metadata: dict[str, Any], weights: str, run: Path, evaluation: Path | None) -> str:
