@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from models import build_network
 from utils.checkpoints import load_network
-from utils.config import parse_config, public, require
+from utils.config import check_writable, parse_config, public, require
 from utils.flow import step
 from utils.onnx_graph import check_packages, repeat_step, run_file, store_half, to_onnx
 from utils.sampling import sample_average_velocity, time_grid
@@ -97,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     onnx = target.suffix == ".onnx"
     if target.exists() and not cfg.replace:
         raise ValueError(f"{target} exists; use --replace True to overwrite it")
+    check_writable(target)
     if onnx:
         check_packages()
     network, metadata = load_network(cfg.checkpoint, build_network)

@@ -21,7 +21,7 @@ import tyro
 
 from models.foreign import choose_preset, read_shapes, translate, unwrap
 from utils.checkpoints import write_weights
-from utils.config import parse_config, require
+from utils.config import check_writable, parse_config, require
 from utils.data import NAMES
 from utils.foreign import read_state
 from utils.latents import is_latents, read_description
@@ -71,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     target = Path(cfg.target)
     if target.exists() and not cfg.replace:
         raise ValueError(f"{target} exists; use --replace True to overwrite it")
+    check_writable(target)
     if target.exists() and target.samefile(cfg.source):
         raise ValueError(f"{target} is the source itself; name another file to write")
     require(cfg, "data", cfg.data in (None, *NAMES) or Path(cfg.data).exists(), f"{', '.join(NAMES)}, a path that is there, or left out")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from models import build_network
 from utils.checkpoints import load_network, read_weights, resolve_weights, save_model_folder, weights_id, write_weights
-from utils.config import is_vacant, parse_config, place, public, require
+from utils.config import check_writable, is_vacant, parse_config, place, public, require
 from utils.model_card import model_card
 
 
@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     vacant = is_vacant(target)
     if not vacant and not cfg.replace:
         raise ValueError(f"{target} exists; use --replace True to overwrite it")
+    check_writable(target)
     source = resolve_weights(cfg.source)
     weights, metadata = mean_of([source, *map(resolve_weights, cfg.mean_with)]) if cfg.mean_with else read_weights(source)
     if metadata["kind"] not in ("teacher", "student"):

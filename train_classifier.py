@@ -7,7 +7,6 @@ Numbers from two judges cannot be compared. The released judges stay as they are
 """
 
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from tqdm import tqdm
 from models import Classifier
 from utils import distributed
 from utils.checkpoints import fingerprint, write_weights
-from utils.config import lies_in_file, parse_config, require, to_dict
+from utils.config import check_writable, parse_config, require, to_dict
 from utils.data import Images, load_held_out, load_images, to_range
 from utils.distributed import Ranks
 from utils.evaluation import classifier_file, shuffled
@@ -63,8 +62,7 @@ class Config:
         require(self, "image_size", self.image_size is None or self.image_size >= 2, "at least 2, or None")
         for field in ("label_smoothing", "min_accuracy"):
             require(self, field, 0 <= getattr(self, field) < 1, "in [0, 1)")
-        out = Path(self.out or "x")
-        require(self, "out", not out.is_dir() and not lies_in_file(out), "a file, neither a folder nor inside a file")
+        require(self, "out", self.out is None or not Path(self.out).is_dir(), "a file, not a folder")
 
 
 def shifted(x: Tensor, by: int, draw: torch.Generator) -> Tensor:
@@ -135,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     target = classifier_file(cfg.out, cfg.data)
     if target.exists() and not cfg.replace:
         raise ValueError(f"{target} exists; a judge is frozen. Use another --out, or --replace True")
+    check_writable(target)
     ranks = distributed.start(cfg.device)
 
     def check(classes: list[str]) -> None:
@@ -146,9 +145,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(held_out) == 0:
         raise ValueError(f"--data {cfg.data}: of {len(images)} images a tenth is none, and the accuracy is measured on that; name others "
                          "with --held-out")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(target.parent, os.W_OK):               # told now and not after the training
-        raise ValueError(f"{target}: its folder may not be written to; use another --out")
     start = time.monotonic()
     network = train(images, cfg, ranks)
     weights = {name: tensor.half() if tensor.dim() > 1 else tensor for name, tensor in network.state_dict().items()}
@@ -160,6 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = {key: value for key, value in to_dict(cfg).items() if key not in ("data_root", "device", "num_workers", "out", "replace")}
     metadata = dict(kind="classifier", architecture=network.architecture, classes=images.classes, config=config,
                     image_size=images.shape[-1], accuracy=right, held_out=fingerprint(shuffled(held_out)[0]))
+    target.parent.mkdir(parents=True, exist_ok=True)
     write_weights(target, weights, metadata)
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
 

@@ -1,6 +1,7 @@
 import ast
 import dataclasses
 import json
+import os
 import re
 from functools import partial
 from pathlib import Path
@@ -8,6 +9,9 @@ from pathlib import Path
 import pytest
 
 import evaluate
+import export
+import import_teacher
+import release
 import sample
 import train_classifier
 import train_student
@@ -16,7 +20,7 @@ import train_teacher
 import train_teacher_mnist
 from benchmarks.ablations.run import Config as AblationsConfig
 from utils import recipes
-from utils.config import FREE_FIELDS, differences, parse_config, to_dict
+from utils.config import FREE_FIELDS, check_writable, differences, parse_config, to_dict
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {
@@ -274,8 +278,7 @@ def test_help_shows_the_recipe_in_force(script, capsys, monkeypatch):
     (CLASSIFIER, dict(epochs=float("inf")), "--epochs inf: must be above 0, and finite"),
     (CLASSIFIER, dict(lr=float("inf")), "--lr inf: must be above 0, and finite"),
     (CLASSIFIER, dict(weight_decay=float("nan")), "--weight-decay nan: must be at least 0, and finite"),
-    (CLASSIFIER, dict(out=str(ROOT), replace=True), f"--out {ROOT}: must be a file, neither a folder nor inside a file"),
-    (CLASSIFIER, dict(out=f"{__file__}/x"), f"--out {__file__}/x: must be a file, neither a folder nor inside a file"),
+    (CLASSIFIER, dict(out=str(ROOT), replace=True), f"--out {ROOT}: must be a file, not a folder"),
 ])
 def test_bad_flags_of_what_measures(config_class, fields, message):
     with pytest.raises(ValueError, match=message):
@@ -286,3 +289,24 @@ def test_flags_of_the_other_feature_space_are_refused():
     for fields, message in ((dict(inception_weights="x"), "without"), (dict(classifier="x", features="inception"), "with")):
         with pytest.raises(ValueError, match=f"must be left out {message} --features inception"):
             evaluate.Config("x", **fields)
+
+
+@pytest.mark.parametrize(("script", "argv"), [
+    (release, ["x", "{target}"]), (release, ["x", "{target}.safetensors"]), (export, ["x", "{target}.onnx"]),
+    (import_teacher, ["x", "{target}.safetensors", "--time-direction", "data-at-one"]),
+    (train_classifier, ["--data", "x", "--out", "{target}.safetensors"])])
+@pytest.mark.parametrize("place", ["", "file", "made/on/the/way"])
+def test_where_nothing_may_be_written_is_told_before_what_is_read(script, argv, place, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)              # root may write to any
+    with pytest.raises(ValueError, match=rf"target\S*: {tmp_path}\S* is no folder, or may not be written to; choose another place"):
+        script.main([part.format(target=tmp_path / place / "target") for part in argv])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_is_there_must_be_writable_too(tmp_path, monkeypatch):
+    check_writable(tmp_path / "target")
+    (tmp_path / "target").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "target")
+    with pytest.raises(ValueError, match="may not be written to"):
+        check_writable(tmp_path / "target")

@@ -107,7 +107,7 @@ def check_interval(config: Any, field: str) -> None:
 
 def check_folder(config: Any, field: str) -> None:
     """Raise ValueError, with the flag, if the field's path, or what it lies in, is a file."""
-    require(config, field, not lies_in_file(Path(getattr(config, field) or "", "x")), "a folder, not a file")
+    require(config, field, not any(map(Path.is_file, Path(getattr(config, field) or "", "x").parents)), "a folder, not a file")
 
 
 def parse_config(config_class: type[ConfigT], argv: Sequence[str] | None, description: str | None,
@@ -137,9 +137,11 @@ def parse_config(config_class: type[ConfigT], argv: Sequence[str] | None, descri
         sys.exit(f"error: {error}")
 
 
-def lies_in_file(path: Path) -> bool:
-    """Whether one of the folders that the path names is a file, so that nothing can be written there."""
-    return any(map(Path.is_file, path.parents))
+def check_writable(target: Path) -> None:
+    """Raise ValueError unless a file or folder may be written there: told now and not after the work."""
+    for folder in (next(filter(Path.exists, target.absolute().parents)), *filter(Path.is_dir, [target])):
+        if not (folder.is_dir() and os.access(folder, os.W_OK)):
+            raise ValueError(f"{target}: {folder} is no folder, or may not be written to; choose another place")
 
 
 def is_vacant(path: Path) -> bool:
