@@ -1,5 +1,6 @@
 """Runs that are stopped, torn, killed, poisoned, or spread over processes: each goes on as if nothing had happened."""
 
+import errno
 import itertools
 import json
 import os
@@ -7,10 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from runs import COMMON, ROOT, TEACHER, assert_same, everything
+from tqdm import tqdm
 
 import train_student_mnist
 import train_teacher_mnist
@@ -54,11 +57,29 @@ def test_resume_is_bit_exact(stage, monkeypatch, tmp_path_factory):
     assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [2, 3, 4, 6]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_saves_and_leaves(results, tmp_path, monkeypatch, number):
+@pytest.fixture
+def hang_up():
+    """Sets what SIGHUP does during the test: that of the tests' own process may be nohup's."""
+    before = signal.getsignal(signal.SIGHUP)
+    yield partial(signal.signal, signal.SIGHUP)
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signal_saves_and_leaves(results, tmp_path, monkeypatch, hang_up, number):
+    def closed(text):
+        raise OSError(errno.EIO, "Input/output error")
+
+    def advance(self):
+        if next(count) == 3:
+            os.kill(os.getpid(), number)
+            if number == signal.SIGHUP:
+                monkeypatch.setattr(tqdm, "write", closed)
+
     arguments = [*TEACHER, "--results-dir", str(tmp_path)]
     count = itertools.count(1)
-    monkeypatch.setattr(Run, "advance", lambda self: os.kill(os.getpid(), number) if next(count) == 3 else None)
+    hang_up(signal.SIG_DFL)
+    monkeypatch.setattr(Run, "advance", advance)
     with pytest.raises(SystemExit) as stop:
         train_teacher_mnist.main(arguments)
     assert stop.value.code == 128 + number
@@ -66,6 +87,13 @@ def test_signal_saves_and_leaves(results, tmp_path, monkeypatch, number):
     monkeypatch.undo()
     train_teacher_mnist.main(arguments)
     assert_same(results / "teacher-digits", tmp_path / "teacher-digits")
+
+
+def test_nohup_stays(hang_up):
+    hang_up(signal.SIG_IGN)
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGHUP)
+    assert not stop
 
 
 @pytest.mark.parametrize("by_torchrun", [False, True])

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a polite request: finish this update, save, leave."""
+"""Ctrl-C, SIGTERM and a closed terminal (SIGHUP) as a polite request: finish this update, save, leave."""
 
 import signal
 from types import FrameType
@@ -7,14 +7,17 @@ from torch.distributed import is_torchelastic_launched
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM only sets `signal_number`. After it Ctrl-C acts as usual, and SIGTERM changes nothing;
-    under torchrun neither does: it forwards both to processes that a scheduler may have told already, and ends them after 30 s itself."""
+    """While entered, the first SIGINT, SIGTERM or SIGHUP only sets `signal_number`. After it Ctrl-C acts as usual, and the others change
+    nothing; under torchrun none does: it forwards them to processes that may have been told already, and ends them after 30 s itself."""
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
 
     def __enter__(self) -> "StopRequest":
-        self.previous = {number: signal.signal(number, self.request) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:     # Windows has none, nohup ignores it
+            numbers.append(signal.SIGHUP)
+        self.previous = {number: signal.signal(number, self.request) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:

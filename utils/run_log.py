@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -181,7 +181,8 @@ class Run:
     def note(self, text: str) -> None:
         """A line for people: to the terminal and to log.txt."""
         if self.ranks.is_main:
-            tqdm.write(text)
+            with suppress(OSError):                         # of a terminal that was closed; what is left is to save
+                tqdm.write(text)
             if self.folder.exists():
                 self.write_log(text)
 
