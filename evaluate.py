@@ -30,7 +30,7 @@ from utils import distributed, metrics, report
 from utils.autoencoder import load_autoencoder
 from utils.checkpoints import fingerprint, load_network, resolve_weights, weights_id
 from utils.config import check_folder, check_interval, first_free, parse_config, require, to_dict, write_json
-from utils.data import WITH_TEST_SPLIT, check_guidance, load_held_out, load_images, to_range
+from utils.data import WITH_TEST_SPLIT, Images, check_guidance, load_held_out, load_images, to_range
 from utils.distributed import Ranks
 from utils.evaluation import (
     Judge,
@@ -122,6 +122,13 @@ def inception_judge(weights: str | None, ranks: Ranks) -> Judge:
         return network(pixels.to(ranks.device).expand(-1, 3, -1, -1))
 
     return Judge(f"inception-{fingerprint(*network.state_dict().values())}", see, knows_classes=False, batch_size=100)
+
+
+def judge_of(cfg: Config, images: Images, ranks: Ranks) -> Judge:
+    """The feature space that the flags ask for; errors as of `inception_judge` and `classifier_judge`."""
+    if cfg.features == "inception":
+        return inception_judge(cfg.inception_weights, ranks)
+    return classifier_judge(cfg.classifier, Classifier, images, ranks)
 
 
 def rows_of(network: DiT | SiT, student: bool, cfg: Config) -> list[tuple[str, int, float | None, Sample]]:
@@ -237,8 +244,7 @@ def main(argv: Sequence[str] | None = None, config: type[Config] = Config, rows_
     if images.shape != image_shape:
         raise ValueError(f"--data {data} has shape {images.shape}; {cfg.checkpoint} was trained on {image_shape[0]} channels")
     images, held_out = load_held_out(images, cfg.held_out, cfg.data_root, cfg.num_workers)
-    judge = (inception_judge(cfg.inception_weights, ranks) if cfg.features == "inception"
-             else classifier_judge(cfg.classifier, Classifier, images, ranks))
+    judge = judge_of(cfg, images, ranks)
 
     # The training split and the floor.
     real, real_labels = shuffled(images)

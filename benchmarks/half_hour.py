@@ -107,16 +107,18 @@ def check_flags(cfg: Config) -> tuple[Any, evaluate.Config]:
 
 
 def check_images(cfg: Config, student: Any, measured: evaluate.Config) -> None:
-    """Read the images and their judge as the evaluation will, for what it would refuse.
+    """Read the images and their judge as the evaluation will, for what it would refuse; and the judge of the student's quick evaluations.
 
     Raises:
-        ValueError: a judge of other images; held-out images of other classes, or too few images to compare.
+        FileNotFoundError, ValueError: no judge, or one of other images; held-out images of other classes, or too few images to compare.
     """
-    data = originals(measured.data or cfg.data)
+    data, ranks = originals(measured.data or cfg.data), distributed.start("cpu")
     images = load_data(cfg.data, cfg.data_root, student.image_size, student.num_workers)
+    if student.eval_every and not images.autoencoder:       # with latents it is refused
+        classifier_judge(student.classifier, Classifier, images, ranks)
     if data != cfg.data:                                    # what latents were made from, or other images
         images = load_images(data, cfg.data_root, images.image_size, measured.num_workers, 3 if images.autoencoder else images.shape[0])
-    judge = classifier_judge(measured.classifier, Classifier, images, distributed.start("cpu"))
+    judge = evaluate.judge_of(measured, images, ranks)
     images, held_out = load_held_out(images, measured.held_out, cfg.data_root, measured.num_workers)
     check_counts(judge, measured.num_images, images.pixels, held_out.pixels)
 
@@ -163,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise ValueError(f"--name {cfg.name}: {cfg.out} holds a row of seed {seed} by another command; choose another --name.\n"
                                  f"asked: {asked}\nwas: {was}")
     jobs = [partial(one_seed, seed, cfg) for seed in cfg.seeds if seed not in done]
-    if jobs and measured.features == "classifier":
+    if jobs:
         check_images(cfg, student, measured)
     Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
     on_each(jobs, partial(add_line, Path(cfg.out)))

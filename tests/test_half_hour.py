@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from runs import STEPS
 
+import evaluate
 import train_classifier
 from benchmarks import gpus, half_hour
 from utils.checkpoints import read_metadata, step_folders
@@ -142,6 +143,23 @@ def test_so_are_images_that_cannot_be_compared(flags, tmp_path, monkeypatch, fla
     monkeypatch.setattr(half_hour, "on_each", lambda jobs, keep: pytest.fail("training began"))
     with pytest.raises(ValueError, match=message):
         half_hour.main([*flags[:-1], f"{flags[-1]} {flag.format(few=tmp_path / 'few')}"])
+
+
+@pytest.mark.parametrize(("flag", "message"), [
+    ("--inception-weights nowhere", "--inception-weights nowhere: no such file"), ("--held-out nowhere", "--held-out nowhere: no such"),
+])
+def test_so_are_they_by_inception(flags, monkeypatch, flag, message):
+    inception = evaluate.inception_judge
+    monkeypatch.setattr(evaluate, "inception_judge", lambda weights, ranks: weights and inception(weights, ranks))      # no download
+    monkeypatch.setattr(half_hour, "on_each", lambda jobs, keep: pytest.fail("training began"))
+    with pytest.raises(ValueError, match=message):
+        half_hour.main([*flags[:-1], f"--evaluate-flags=--features inception {flag}"])
+
+
+def test_so_is_the_judge_of_the_students_quick_evaluations(flags, monkeypatch):
+    monkeypatch.setattr(half_hour, "on_each", lambda jobs, keep: pytest.fail("training began"))
+    with pytest.raises(FileNotFoundError, match="no classifier nowhere"):
+        half_hour.main([*flags, f"--student-flags={TINY} --eval-every 3 --classifier nowhere"])
 
 
 def test_so_are_flags_that_a_stages_patch_needs_or_cannot_go_with(flags, monkeypatch):
