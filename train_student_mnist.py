@@ -2,7 +2,7 @@
 
     python train_student_mnist.py                       from the newest MNIST teacher in results/, else the released one
     python train_student_mnist.py --data digits         the same on the small digits inside scikit-learn
-    python train_student_mnist.py --first-leg self --lam-law uniform --adaptive-power 0        Algorithm 1's legs, lam and loss
+    python train_student_mnist.py --first-leg self --lam-law uniform --adaptive-power 0 --edge-weight 0     Algorithm 1's legs, lam and loss
 
 The student learns its teacher's guidance, so it samples in 1, 2 or 4 evaluations whatever the scale.
 docs/method.md explains targets, their legs and lam.
@@ -50,28 +50,28 @@ class Config(RunConfig):
     model: str | None = None                    # not needed: the student has its teacher's size; if given, it must be that
     extra_blocks: int = 0                       # blocks added between the teacher's; they do nothing at first. Multiples of 4 are fastest
     input_skip: bool = False                    # add a learned share of the input to the output; the share is zero at first
-    steps: int = 6_000                          # updates in all
+    steps: int = 4_500                          # updates in all
     optimizer: Literal["muon", "adamw"] = "muon"    # muon: Muon for the blocks' matrices, AdamW for the rest; adamw: AdamW alone
-    lr: float = 5e-4                            # learning rate of AdamW
-    muon_lr: float = 0.01                       # learning rate of Muon
+    lr: float = 7e-4                            # learning rate of AdamW
+    muon_lr: float = 0.014                      # learning rate of Muon
     weight_decay: float = 0.0                   # decoupled weight decay
     warmup_steps: int = 100                     # updates of linear warm-up of the learning rates
-    decay_share: float = 0.4                    # last share of the updates, in which the learning rates fall linearly to zero
+    decay_share: float = 0.8                    # last share of the updates, in which the learning rates fall linearly to zero
     max_grad_norm: float = 1.0                  # gradients are clipped to this norm
     ema_decay: float = 0.9995                   # decay of the EMA of the weights, which is what is sampled and released
     guidance_scale: float = 1.3                 # teacher's guidance scale (1: none); with --guidance-range, the student's default
     guidance_interval: tuple[float, float] = (0.0, 1.0)     # times between which the teacher is guided (0: data, 1: noise)
     guidance_range: tuple[float, float] | None = None   # lowest and highest scale, if the student takes it as an input; None: one scale
-    boundary_share: float = 0.5                 # share of each batch for the boundary condition; the rest is for interval splitting
-    first_leg: Leg = "euler"                    # first leg of a target, from t to s: by the student (self), or a step of the teacher's ODE
+    boundary_share: float = 0.25                # share of each batch for the boundary condition; the rest is for interval splitting
+    first_leg: Leg = "midpoint"                 # first leg of a target, from t to s: by the student (self), or a step of the teacher's ODE
     last_leg: Leg = "self"                      # last leg of a target, from s to r: as --first-leg; one of the two must be self
-    lam_law: str = "anneal(0.3, 0.05, 0.8)"     # share of the teacher's leg, or lam if none: uniform, constant(c), anneal(start, end, over)
+    lam_law: str = "constant(0.2)"              # share of the teacher's leg, or lam if none: uniform, constant(c), anneal(start, end, over)
     t_law: str = "logit-normal(-0.6, 1.6)"      # distribution of t: uniform, or logit-normal(loc, scale)
     r_law: str = "logit-normal(-4, 1.6)"        # distribution of r: as --t-law
-    pinned_share: float = 0.15                  # share of the intervals that are pinned at those used in sampling, rather than drawn
+    pinned_share: float = 0.6                   # share of the intervals that are pinned at those used in sampling, rather than drawn
     pinned_steps: tuple[int, ...] = (1, 2)      # numbers of sampling steps whose intervals are pinned; one named twice counts twice
     one_step_from: int = 0                      # for intervals pinned at (0, 1): a target of this many student steps; 0: two legs as usual
-    edge_weight: float = 0.0                    # weight, in the losses, of error differences between neighbouring pixels; 0: none
+    edge_weight: float = 4.0                    # weight, in the losses, of error differences between neighbouring pixels; 0: none
     adaptive_power: float = 0.75                # power p of the adaptive weight 1 / (loss + 0.001)^p; 0: the plain loss
     target: Literal["online", "ema", "start"] = "online"    # what makes the student's part of targets: itself, its EMA, or its --start-from
     target_decay: float = 0.95                  # decay of the EMA of --target ema

@@ -30,16 +30,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import train_student
 from benchmarks.ablations.patches import PATCHES
 from benchmarks.report import markdown, plot
 from models import DiT
 from utils.config import parse_config, require
 from utils.json_lines import read_lines
-from utils.recipes import STUDENT
 
 # Forward passes an image, a backward pass counted as two: the teacher's guided velocity takes two on every image, or with legs of the
 # student's own on the boundary's; the rest of a target three (midpoint leg), one (Euler) or two (its own). A JVP is counted as two.
-BOUNDARY = STUDENT["path"]["boundary_share"]
+BOUNDARY = train_student.Config.boundary_share
 FORWARDS = {"teacher": 3.0, "student": 3 + 2 + 3 * (1 - BOUNDARY), "student-euler": 3 + 2 + (1 - BOUNDARY),
             "student-self": 5.0, "textbook-fp32": 3.0, "textbook-bf16": 3.0, "meanflow": 4.0}
 CLASSES = 10

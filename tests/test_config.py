@@ -84,6 +84,14 @@ def test_defaults_are_the_recipe_of_the_scripts_own_data_set(script, data):
     assert parse(config_class) == config
 
 
+@pytest.mark.parametrize("data", recipes.TEACHER)
+@pytest.mark.parametrize("stage", ["teacher", "student"])
+def test_a_data_set_gets_one_recipe_from_either_script_of_a_stage(stage, data, tmp_path):
+    asked = str(tmp_path) if data == "path" else data
+    first, second = (to_dict(parse(SCRIPTS[f"train_{stage}{ending}"][0], "--data", asked)) for ending in ("", "_mnist"))
+    assert first == second
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_recipe_is_valid(script):
     config_class, table = SCRIPTS[script]
@@ -244,8 +252,8 @@ def test_differences_know_a_named_set_from_a_folder_of_its_name():
 def test_differences_see_a_field_that_one_of_them_lacks():
     config = to_dict(STUDENT())
     without = {key: value for key, value in config.items() if key != "first_leg"}
-    assert differences(without, config) == ["first_leg: euler, was None"]
-    assert differences(config, without) == ["first_leg: None, was euler"]
+    assert differences(without, config) == ["first_leg: midpoint, was None"]
+    assert differences(config, without) == ["first_leg: None, was midpoint"]
 
 
 @pytest.mark.parametrize("file", [*(f"{script}.py" for script in SCRIPTS), "sample.py", "utils/config.py"])

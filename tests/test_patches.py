@@ -285,7 +285,7 @@ def test_shared_states_are_the_same_losses_at_the_same_states(undo):
 
 
 @pytest.mark.parametrize(("change", "flags", "message"), [
-    ("pin-chain", ["--one-step-from", "2", "--pinned-share", "0.5"], "moved pins: 1 rows must stay"),
+    ("pin-chain", ["--one-step-from", "2", "--pinned-share", "0.5"], "moved pins: 2 rows must stay"),
     ("teacher-features-1", ["--one-step-from", "2", "--pinned-share", "0.5"], "teacher features: .*without --one-step-from"),
     ("whole-features-1", [], "the patch whole-features-1 needs --guidance-range and --one-step-from"),
     ("whole-features-1", ["--one-step-from", "2", "--pinned-share", "0.5"], "the patch whole-features-1 needs --guidance-range$"),

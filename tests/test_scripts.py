@@ -208,8 +208,8 @@ def test_bad_student_input(results, tmp_path, change, message):
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    (["--one-step-from", "4", "--pinned-share", "0.15", "--pinned-steps", "1"], "--one-step-from 4: of 8 splitting rows 1 are .* of 2"),
-    (["--one-step-from", "4", "--pinned-share", "0.9", "--pinned-steps", "1"], "--one-step-from 4: of 8 splitting rows 7 are .* of 2"),
+    (["--one-step-from", "4", "--pinned-share", "0.1", "--pinned-steps", "1"], "--one-step-from 4: of 12 splitting rows 1 are .* of 2"),
+    (["--one-step-from", "4", "--pinned-share", "0.9", "--pinned-steps", "1"], "--one-step-from 4: of 12 splitting rows 11 are .* of 2"),
     (["--boundary-share", "0.3"], "5 boundary samples .* do not divide among 2 processes"),
 ])
 def test_every_process_needs_rows_of_each_kind(results, tmp_path, monkeypatch, flags, message):
