@@ -77,8 +77,8 @@ def test_done_is_a_run_of_the_same_command_that_is_at_its_end(results, tmp_path)
 
 
 def test_patches_and_a_given_teacher():
-    cfg = half_hour.Config(name="near", teacher_patch="nearest-of-4", student_patch="warm-start")
-    assert half_hour.run_command("teacher", 0, cfg)[1][:4] == ["-m", "benchmarks.ablations.patches", "nearest-of-4", "train_teacher.py"]
+    cfg = half_hour.Config(name="near", teacher_patch="silu", student_patch="warm-start")
+    assert half_hour.run_command("teacher", 0, cfg)[1][:4] == ["-m", "benchmarks.ablations.patches", "silu", "train_teacher.py"]
     assert half_hour.run_command("student", 0, cfg)[1][2] == "warm-start"
     shape = half_hour.Config(network_patch="depth-0.5")     # of another shape: no process without the patch reads such weights
     lines = [half_hour.run_command("teacher", 0, shape), half_hour.run_command("student", 0, shape), half_hour.evaluate_command(0, shape)]

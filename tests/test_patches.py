@@ -10,7 +10,7 @@ from runs import COMMON, TEACHER, losses
 
 import train_student_mnist
 import train_teacher_mnist
-from benchmarks.ablations import changes, network_patches, patches, student_patches
+from benchmarks.ablations import changes, patches, student_patches
 from models import DiT
 from utils import losses as losses_module
 from utils.checkpoints import read_metadata, step_folders
@@ -92,16 +92,6 @@ def test_long_skips_start_as_the_plain_network(undo):
     with torch.no_grad():
         changed.blocks[3].join.weight[:, 128:] = torch.eye(128)
     assert not torch.allclose(plain.velocity(z, t, y), changed.velocity(z, t, y), atol=1e-2)
-
-
-def test_nearest_noise_is_nearer_and_still_noise():
-    x, eps = torch.rand(4000, 1, 2, 2) * 2 - 1, torch.randn(4000, 1, 2, 2)
-    near = network_patches.nearest(x, eps, 4)
-    distances = [(e - x).flatten(1).norm(dim=1).mean() for e in (near, eps)]
-    assert distances[0] < 0.8 * distances[1]
-    kept = (near == eps).flatten(1).all(1).float().mean()
-    assert 0.2 < kept < 0.3                                                     # its own noise is the nearest of four by chance
-    assert torch.equal(network_patches.nearest(x, eps, 1), eps)
 
 
 def test_the_average_of_a_teacher_reaches_back_as_far_as_it_says(undo):

@@ -13,9 +13,9 @@ from test_dit import randomised
 
 import train_student_mnist
 import train_teacher_mnist
-from models import DiT, student_from_teacher
+from models import DiT, build_network, student_from_teacher
 from utils.augmentation import AUGMENT_DIM, augment, draw_augment_labels
-from utils.checkpoints import start_from, write_weights
+from utils.checkpoints import load_network, start_from, write_weights
 from utils.data import Batches, load_images
 from utils.distributed import Ranks
 from utils.flow import interpolate
@@ -34,23 +34,28 @@ UPDATES = ["--weight-decay", "0.1", "--max-grad-norm", "0.05", "--ema-decay", "0
            "--log-every", "1"]
 
 
-def drawn(cfg, step):
-    """The generator, images, labels and noise of one update."""
+def drawn(cfg, step, num_noises):
+    """The generator, images, labels and noises of one update."""
     draw = generator(CPU, cfg.seed, "step", step)
     x, y = Batches(IMAGES, 16, cfg.seed, Ranks(0, 1, CPU))(step)
-    return draw, x, y, torch.randn(x.shape, generator=draw)
+    return draw, x, y, [torch.randn(x.shape, generator=draw) for _ in range(num_noises)]
 
 
-def check_run(folder, cfg, networks, losses_of_step):
+def nearest(x, noises):
+    """For each image the nearest of its noises."""
+    return torch.stack([min(own, key=lambda eps: (eps - image).square().sum()) for image, *own in zip(x, *noises)])
+
+
+def check_run(folder, cfg, networks, losses_of_step, num_noises):
     """Make the updates of a run, and compare weights, losses and learning rates.
 
-    networks: "raw" as it starts, and others, whose weights follow it; losses_of_step: a function of (draw, x, y, eps, step) to
-    "loss" and what else is logged.
+    networks: "raw" as it starts, and others, whose weights follow it; losses_of_step: a function of (draw, x, y, noises, step)
+    to "loss" and what else is logged.
     """
     network, rows = networks["raw"], read_lines(folder / "metrics.jsonl")
     optimizer = Optimizer(network, cfg.optimizer, cfg.lr, cfg.muon_lr, cfg.weight_decay)
     for step, row in enumerate(rows, 1):
-        losses = losses_of_step(*drawn(cfg, step), step)
+        losses = losses_of_step(*drawn(cfg, step, num_noises), step)
         losses["loss"].backward()
         norm = math.sqrt(sum(p.grad.square().sum().item() for p in network.parameters()))
         assert norm > cfg.max_grad_norm                     # so that clipping is seen
@@ -96,19 +101,20 @@ def config(folder):
 
 
 @pytest.fixture
-def taught(tmp_path):
-    """A teacher with something to say, and its file."""
+def taught(request, tmp_path):
+    """A teacher with something to say, and its file, which says how many noises it drew for each image."""
     torch.manual_seed(0)
     network, file = randomised(DiT("DiT-Test/4", 8, 1, 10)), tmp_path / "taught.safetensors"
-    write_weights(file, network.state_dict(), dict(kind="teacher", architecture=network.architecture, config={}, autoencoder=None,
+    write_weights(file, network.state_dict(), dict(kind="teacher", architecture=network.architecture, autoencoder=None,
+                                                   config={"noise_candidates": getattr(request, "param", 1)},
                                                    classes=[str(i) for i in range(10)]))
     return network.requires_grad_(False), file
 
 
-@pytest.mark.parametrize("rate", [0, 0.5])
-def test_a_teachers_updates(rate, taught, shown, tmp_path):
-    """From fresh weights, and from another's with augmentation."""
-    flags = ["--start-from", str(taught[1]), "--augment", str(rate)] if rate else []
+@pytest.mark.parametrize(("rate", "num_noises"), [(0, 1), (0.5, 3)])
+def test_a_teachers_updates(rate, num_noises, taught, shown, tmp_path):
+    """From fresh weights, and from another's with augmentation and a choice of noises."""
+    flags = ["--start-from", str(taught[1]), "--augment", str(rate), "--noise-candidates", str(num_noises)] if rate else []
     train_teacher_mnist.main([*TEACHER, *UPDATES, "--label-dropout", "0.5", "--t-law", "logit-normal(-1, 0.5)", *flags,
                               "--results-dir", str(tmp_path)])
     cfg = config(tmp_path / "teacher-digits")
@@ -118,14 +124,14 @@ def test_a_teachers_updates(rate, taught, shown, tmp_path):
         start_from(network, taught[1])
     ema = copy.deepcopy(network)
 
-    def losses(draw, x, y, eps, step):
+    def losses(draw, x, y, noises, step):
         t, coin = draw_times(16, cfg.t_law, draw), torch.rand(16, generator=draw)
         moves = draw_augment_labels(16, rate, draw) if rate else None
         x = augment(x, moves) if rate else x
         v = partial(network.velocity, augment_labels=moves)
-        return {"loss": flow_matching_loss(v, x, eps, t, drop_labels(y, 10, 0.5, coin)).mean()}
+        return {"loss": flow_matching_loss(v, x, nearest(x, noises), t, drop_labels(y, 10, 0.5, coin)).mean()}
 
-    check_run(tmp_path / "teacher-digits", cfg, {"raw": network, "ema": ema}, losses)
+    check_run(tmp_path / "teacher-digits", cfg, {"raw": network, "ema": ema}, losses, num_noises)
     check_shown(shown, {f"cfg{w}": partial(sample_velocity, guided_velocity(ema.velocity, 10, w), num_steps=2) for w in (1.0, 2.5, 5.0)},
                 apart=1e-2 if rate else 0)
 
@@ -136,8 +142,9 @@ TOLD = [*TARGETS[:4], "--guidance-range", "1", "4", "--guidance-interval", "0.2"
 WHOLE = ["--one-step-from", "3", "--edge-weight", "0.5", "--pinned-share", "0.6", "--pinned-steps", "1", "2", "--guidance-scale", "1"]
 
 
-@pytest.mark.parametrize("flags", [TARGETS, TOLD, WHOLE])
+@pytest.mark.parametrize(("taught", "flags"), [(1, TARGETS), (1, TOLD), (4, WHOLE)], indirect=["taught"])
 def test_a_students_updates(flags, taught, shown, tmp_path):
+    """With the noises of its teacher."""
     teacher, file = taught
     train_student_mnist.main([*COMMON, *UPDATES, "--boundary-share", "0.25", "--adaptive-power", "0.5", *flags,
                               "--teacher", str(file), "--results-dir", str(tmp_path)])
@@ -151,15 +158,17 @@ def test_a_students_updates(flags, taught, shown, tmp_path):
         u, u_target, v = told(u), told(u_target), guided_as_told(teacher.velocity, 10, cfg.guidance_interval)
     num_whole = round(12 * cfg.pinned_share / 3) if cfg.one_step_from else 0            # a third of the pins of one and two steps
 
-    def losses(draw, x, y, eps, step):
+    def losses(draw, x, y, noises, step):
         t_boundary = draw_times(4, cfg.t_law, draw)
         r, t = draw_intervals(12, cfg.t_law, cfg.r_law, cfg.pinned_share, cfg.pinned_steps, draw, num_whole)
         share = draw_lam(16, cfg.lam_law, (step - 1) / STEPS, draw)
         labels = GuidedLabels(y, draw_between(16, *cfg.guidance_range, draw)) if cfg.guidance_range else y
         r, t = torch.cat([torch.zeros(4), r]), torch.cat([t_boundary, t])
-        parts = student_loss(u, u_target, v, interpolate(x, eps, t), r, t, share, labels, 4, cfg.first_leg, cfg.last_leg, cfg.edge_weight,
-                             num_whole, cfg.one_step_from)
+        parts = student_loss(u, u_target, v, interpolate(x, nearest(x, noises), t), r, t, share, labels, 4, cfg.first_leg, cfg.last_leg,
+                             cfg.edge_weight, num_whole, cfg.one_step_from)
         return {"loss": adaptive_weight(torch.cat(parts), 0.5).mean(), "boundary": parts[0].mean(), "splitting": parts[1].mean()}
 
-    check_run(tmp_path / "student-digits", cfg, networks, losses)
+    num_noises = load_network(file, build_network)[1]["config"]["noise_candidates"]
+    check_run(tmp_path / "student-digits", cfg, networks, losses, num_noises)
+    assert load_network(tmp_path / "student-digits", build_network)[1]["config"]["noise_candidates"] == num_noises
     check_shown(shown, {f"{n}step": partial(sample_average_velocity, networks["ema"], num_steps=n) for n in (1, 2, 4)}, apart=1e-2)

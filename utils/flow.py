@@ -4,6 +4,8 @@ t = 0 is data, t = 1 is noise. Sampling runs from t = 1 down to 0. Intervals are
 interval's noise end t, and z_r = z_t - (t - r) u(z_t, r, t, y). Times are float tensors (B,).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,14 @@ def pad_like(t: Tensor, z: Tensor) -> Tensor:
 def interpolate(x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """z_t = (1 - t) x + t eps: the straight path from data x to noise eps, both (B, ...), at times t (B,)."""
     return torch.lerp(x, eps, pad_like(t, x))
+
+
+def nearest_noise(x: Tensor, noises: Sequence[Tensor]) -> Tensor:
+    """For each image the nearest of its noises, all (B, ...), so that paths from data to noise cross less (Li et al., arXiv 2406.12303)."""
+    if len(noises) == 1:
+        return noises[0]
+    distances = torch.stack([(eps - x).flatten(1).norm(dim=1) for eps in noises])                     # (number of noises, B)
+    return torch.stack(list(noises))[distances.argmin(dim=0), torch.arange(len(x), device=x.device)]
 
 
 def conditional_velocity(x: Tensor, eps: Tensor) -> Tensor:

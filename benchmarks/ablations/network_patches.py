@@ -11,9 +11,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import train_student
-import train_teacher
-from benchmarks.ablations.changes import STUDENTS, TEACHERS, change
+from benchmarks.ablations.changes import TEACHERS, change
 from models import dit
 
 
@@ -141,17 +139,3 @@ def ema_ramp(gamma: float) -> None:
     Up to --ema-decay, which it reaches after 2,000 gamma updates.
     """
     change(TEACHERS, "ModelEmaV3", lambda *args, **options: ModelEmaV3(*args, **{**options, "warmup_gamma": gamma}))
-
-
-def nearest(x: Tensor, eps: Tensor, count: int) -> Tensor:
-    """For each image the nearest of its own noise and count - 1 fresh ones. All (B, C, H, W)."""
-    candidates = torch.stack([eps, *(torch.randn_like(eps) for _ in range(count - 1))])             # (count, B, C, H, W)
-    choice = (candidates - x).flatten(2).norm(dim=2).argmin(dim=0)                                  # (B,)
-    return candidates[choice, torch.arange(len(x), device=x.device)]
-
-
-def nearest_noise(count: int) -> None:
-    """Noise and image are drawn near each other (Immiscible Diffusion, arXiv 2406.12303); for teacher and student alike."""
-    loss, mix = train_teacher.flow_matching_loss, train_student.interpolate
-    change(TEACHERS, "flow_matching_loss", lambda v, x, eps, t, y: loss(v, x, nearest(x, eps, count), t, y))
-    change(STUDENTS, "interpolate", lambda x, eps, t: mix(x, nearest(x, eps, count), t))

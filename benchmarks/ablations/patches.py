@@ -31,7 +31,6 @@ PATCHES: dict[str, Callable[[], None]] = {
     "depth-1.5": lambda: network_patches.depth(1.5),
     "parallel": lambda: change([dit], "Block", network_patches.ParallelBlock),
     "long-skips": network_patches.long_skips,
-    "nearest-of-4": lambda: network_patches.nearest_noise(4),
     "ema-short": lambda: network_patches.ema_ramp(24),
     "ema-long": lambda: network_patches.ema_ramp(4),
     "mixed-leg": student_patches.mixed_leg,

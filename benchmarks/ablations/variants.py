@@ -173,7 +173,7 @@ VARIANTS = [
     teacher("teacher-augment", "--augment;0.12", "moved images, of which the network is told", cost="own"),
     teacher("teacher-long-skips", "", "later blocks see earlier ones", patch="long-skips", cost="own"),
     teacher("teacher-shift", "", "MLPs see the patches around", patch="shift", cost="own"),
-    teacher("teacher-nearest-of-4", "", "noise near its image", patch="nearest-of-4", cost="own"),
+    teacher("teacher-nearest-of-4", "--noise-candidates;4", "noise near its image", cost="own"),
     teacher("teacher-silu", "", "SiLU for squared ReLU", patch="silu", cost="own"),
     teacher("teacher-gelu", "", "GELU for squared ReLU", patch="gelu", cost="own"),
     teacher("teacher-parallel", "", "attention and MLP side by side", patch="parallel", cost="own"),
