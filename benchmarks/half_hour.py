@@ -25,7 +25,7 @@ from models import Classifier
 from utils import distributed
 from utils.config import parse_config, require, write_json
 from utils.data import load_data, load_held_out, load_images
-from utils.evaluation import check_counts, classifier_file, classifier_judge
+from utils.evaluation import check_counts, classifier_file, quick_judge
 from utils.json_lines import add_line, read_lines
 from utils.latents import originals
 
@@ -114,8 +114,8 @@ def check_images(cfg: Config, student: Any, measured: evaluate.Config) -> None:
     """
     data, ranks = originals(measured.data or cfg.data), distributed.start("cpu")
     images = load_data(cfg.data, cfg.data_root, student.image_size, student.num_workers)
-    if student.eval_every and not images.autoencoder:       # with latents it is refused
-        classifier_judge(student.classifier, Classifier, images, ranks)
+    if student.eval_every:
+        quick_judge(student.classifier, Classifier, images, ranks)
     if data != cfg.data:                                    # what latents were made from, or other images
         images = load_images(data, cfg.data_root, images.image_size, measured.num_workers, 3 if images.autoencoder else images.shape[0])
     judge = evaluate.judge_of(measured, images, ranks)

@@ -162,6 +162,12 @@ def test_so_is_the_judge_of_the_students_quick_evaluations(flags, monkeypatch):
         half_hour.main([*flags, f"--student-flags={TINY} --eval-every 3 --classifier nowhere"])
 
 
+def test_so_are_the_students_quick_evaluations_of_latents(flags, photo_latents, monkeypatch):
+    monkeypatch.setattr(half_hour, "on_each", lambda jobs, keep: pytest.fail("training began"))
+    with pytest.raises(ValueError, match="--eval-every: --data .*prepared holds latents"):
+        half_hour.main([*flags, "--data", str(photo_latents / "prepared"), f"--student-flags={TINY} --eval-every 3"])
+
+
 def test_so_are_flags_that_a_stages_patch_needs_or_cannot_go_with(flags, monkeypatch):
     monkeypatch.setattr(half_hour, "on_each", lambda jobs, keep: pytest.fail("training began"))
     with pytest.raises(ValueError, match="whole-features-1 needs --guidance-range and --one-step-from"):

@@ -213,24 +213,29 @@ def residual_map(u: AverageVelocity, z_at: Callable[[Tensor], Tensor], y: Tensor
     return result
 
 
+def quick_judge(classifier: str | None, network_class: Callable[..., nn.Module], images: Images | Latents, ranks: Ranks) -> Judge:
+    """The judge of quick evaluations: see `classifier_judge`, also for the errors; ValueError if the images are latents."""
+    if images.autoencoder is not None:
+        raise ValueError(f"--eval-every: --data {images.name} holds latents, without the pixels that samples are compared with; "
+                         "leave it out, and run evaluate.py on the checkpoints")
+    return classifier_judge(classifier, network_class, images, ranks)
+
+
 class QuickEvaluation:
     """What a training run looks at on its way: Frechet distance and class accuracy of few samples.
 
     Args:
-        classifier, network_class: see `classifier_judge`, also for the errors.
+        classifier, network_class: see `quick_judge`, also for the errors.
         images: the training split.
         results_dir: its features are kept in here, in features/.
 
     Raises:
-        ValueError: the training split is latents, or has too few images.
+        ValueError: the training split has too few images.
     """
 
     def __init__(self, classifier: str | None, network_class: Callable[..., nn.Module], images: Images | Latents, ranks: Ranks,
                  results_dir: str):
-        if images.autoencoder is not None:
-            raise ValueError(f"--eval-every: --data {images.name} holds latents, without the pixels that samples are compared with; "
-                             "leave it out, and run evaluate.py on the checkpoints")
-        self.judge, self.ranks, self.shape = classifier_judge(classifier, network_class, images, ranks), ranks, images.shape
+        self.judge, self.ranks, self.shape = quick_judge(classifier, network_class, images, ranks), ranks, images.shape
         self.labels = even_labels(QUICK_IMAGES, images)
         self.reference = reference_features(self.judge, shuffled(images)[0], Path(results_dir, "features")) if ranks.is_main else None
         if self.reference and len(images) <= (width := self.reference.features.shape[1]):
