@@ -62,7 +62,7 @@ class Config:
         require(self, "image_size", self.image_size is None or self.image_size >= 2, "at least 2, or None")
         for field in ("label_smoothing", "min_accuracy"):
             require(self, field, 0 <= getattr(self, field) < 1, "in [0, 1)")
-        require(self, "out", self.out is None or not Path(self.out).is_dir(), "a file, not a folder")
+        require(self, "out", not (self.out and Path(self.out).is_dir()), "a file, not a folder")
 
 
 def shifted(x: Tensor, by: int, draw: torch.Generator) -> Tensor:

@@ -181,11 +181,12 @@ def test_invalid_value_is_refused_with_flag_value_and_what_is_allowed(config_cla
     assert [part for part in (argv[0], *said) if part not in text] == [], text
 
 
-@pytest.mark.parametrize(("argv", "said"), [
-    (["a.safetensors", "--classes", "3", ""], "--classes ''"), (["a.safetensors", "--out", ""], "--out ''"), ([""], "--checkpoint ''")])
-def test_no_program_takes_an_empty_text(argv, said):
+@pytest.mark.parametrize(("config_class", "argv", "said"), [
+    (sample.Config, ["a.safetensors", "--classes", "3", ""], "--classes ''"), (sample.Config, ["a.safetensors", "--out", ""], "--out ''"),
+    (sample.Config, [""], "--checkpoint ''"), (train_classifier.Config, ["--data", "digits", "--out", ""], "--out ''")])
+def test_no_program_takes_an_empty_text(config_class, argv, said):
     with pytest.raises(SystemExit, match=f"error: {said}: must not be empty"):
-        parse_config(sample.Config, argv, None)
+        parse_config(config_class, argv, None)
 
 
 def test_a_text_that_is_empty_by_default_may_be():

@@ -1,6 +1,5 @@
 """The networks that images are judged by: the classifier, its training, and Inception."""
 
-
 import pytest
 import torch
 from runs import make_images
