@@ -240,11 +240,12 @@ def test_differences_name_the_field_and_both_values(change, said):
 
 
 @pytest.mark.parametrize("field", ["data", "teacher", "start_from"])
-@pytest.mark.parametrize("name", ["mnist", "photos"])
-def test_differences_pass_over_how_a_path_is_written(field, name):
-    ways = [f"./{name}", f"{name}/", f"{name}/../{name}", str(Path.cwd() / name)]
+@pytest.mark.parametrize("ways", ["./mnist", "photos ./photos", "path ./path"])        # mnist is a named data set
+def test_differences_pass_over_how_a_path_is_written(field, ways):
+    *_, name = ways.split("./")
+    ways = [*ways.split(), f"{name}/", f"{name}/../{name}", str(Path.cwd() / name)]
     configs = [to_dict(STUDENT(**{field: way})) for way in ways]
-    assert [differences(configs[0], config) for config in configs] == [[]] * 4
+    assert [differences(configs[0], config) for config in configs] == [[]] * len(ways)
 
 
 def test_differences_know_a_named_set_from_a_folder_of_its_name():
