@@ -21,7 +21,7 @@ def interpolate(x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
 
 
 def nearest_noise(x: Tensor, noises: Sequence[Tensor]) -> Tensor:
-    """For each image the nearest of its noises, all (B, ...), so that paths from data to noise cross less (Li et al., arXiv 2406.12303)."""
+    """For each image the nearest of its noises, all (B, ...), so that paths from data to noise cross less (Li et al., arXiv 2505.18521)."""
     if len(noises) == 1:
         return noises[0]
     distances = torch.stack([(eps - x).flatten(1).norm(dim=1) for eps in noises])                     # (number of noises, B)
