@@ -83,9 +83,9 @@ VARIANTS = [
     student("former-defaults", "--boundary-share;0.5;--pinned-share;0.4;--edge-weight;0;--lr;0.0005;--muon-lr;0.01;--decay-share;0.4;"
             "--lam-law;constant(0.3)", "more boundary, fewer pinned intervals, no edges, learning rates that fall later"),
     student("cifar10-recipe", "--pinned-share;0.6;--boundary-share;0.25;--edge-weight;4;--lr;7e-4;--muon-lr;0.014;--decay-share;0.8",
-            "CIFAR-10's shares, edge weight and learning rates", cost="boundary-0.25"),
+            "today's shares, edge weight and learning rates", cost="boundary-0.25"),
     student("cifar10-recipe-lr-5e-4", "--pinned-share;0.6;--boundary-share;0.25;--edge-weight;4;--lr;5e-4;--muon-lr;0.01;--decay-share;0.4",
-            "CIFAR-10's shares and edge weight, MNIST's learning rates", cost="boundary-0.25"),
+            "today's shares and edge weight, the Euler recipe's learning rates", cost="boundary-0.25"),
     student("boundary-0.25", "--boundary-share;0.25", "a quarter of each batch boundary", cost="own"),
     student("boundary-0.5", "--boundary-share;0.5", "half of each batch boundary", cost="own"),
     student("boundary-0.75", "--boundary-share;0.75", "three quarters of each batch boundary", cost="own"),
