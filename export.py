@@ -19,6 +19,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from models import build_network
 from utils.checkpoints import load_network
@@ -149,6 +150,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             batch = torch.export.Dim("batch", min=1, max=65536)
             inputs = tuple(example(2).values())
             program = torch.export.export(whole, inputs, dynamic_shapes=[{0: batch} if value.dim() else None for value in inputs])
+            for graph in (module.graph for module in program.graph_module.modules() if isinstance(module, GraphModule)):
+                for node in graph.nodes:
+                    node.meta.pop("stack_trace", None)      # where the code lies on this machine
             torch.export.save(program, temporary, extra_files={"information.json": json.dumps(information)})
             loaded, truth = torch.export.load(temporary).module(), whole
 
