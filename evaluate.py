@@ -11,7 +11,6 @@ its weights, or the standard Inception network. Writes metrics.json, table.md, p
 residual.png into --out.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -41,6 +40,7 @@ from utils.evaluation import (
     compare,
     draw,
     even_labels,
+    inception_judge,
     reference_features,
     residual_map,
     shuffled,
@@ -53,9 +53,6 @@ from utils.pictures import save_grid
 from utils.sampling import sample_average_velocity, sample_velocity
 from utils.seeding import generator
 from utils.teachers import same_classes
-
-INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
 @dataclass(frozen=True)
@@ -71,6 +68,7 @@ class Config:
     guidance_scale: tuple[float, ...] = ()  # a row each; empty: 1 for a teacher, the default of a student (others if it learned a range)
     guidance_interval: tuple[float, float] = (0.0, 1.0)     # teacher only: times between which it is guided (0: data, 1: noise)
     method: Literal["euler", "heun"] = "euler"  # teacher only: ODE solver; heun takes 2n - 1 evaluations for n steps
+    noise_scale: float = 1.0                # size of the noise that samples start from, 1 in training; a little above it, they vary more
     num_images: int = 10_000                # samples for each row and seed; 50000 for the record
     seeds: int = 3                          # sets of samples for each row, each from other noise
     teacher: str | None = None              # student only: teacher whose distance is measured; None: the one beside the checkpoint, if any
@@ -93,35 +91,9 @@ class Config:
                 "left out without --features inception")
         require(self, "guidance_scale", all(map(math.isfinite, self.guidance_scale)), "a number")
         check_interval(self, "guidance_interval")
+        require(self, "noise_scale", 0 < self.noise_scale < math.inf, "above 0")
         for field in ("out", "cache"):
             check_folder(self, field)
-
-
-def inception_judge(weights: str | None, ranks: Ranks) -> Judge:
-    """Inception-v3 as in the field's FID: 2048 pooled features, through torch-fidelity's exact resizing.
-
-    Raises:
-        ValueError: the weights are not there and cannot be downloaded.
-    """
-    from torch_fidelity.utils import create_feature_extractor  # slow to import
-
-    if weights is not None:                                 # it will be unpickled: only the one known file may be
-        if not Path(weights).is_file():
-            raise ValueError(f"--inception-weights {weights}: no such file")
-        digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
-        if digest != INCEPTION_SHA256:
-            raise ValueError(f"--inception-weights {weights} has SHA-256 {digest}; {INCEPTION_FILE} has {INCEPTION_SHA256}")
-    try:
-        network = create_feature_extractor("inception-v3-compat", ["2048", "logits_unbiased"], cuda=ranks.device.type == "cuda",
-                                           feature_extractor_weights_path=weights, verbose=False)
-    except OSError as error:
-        raise ValueError(f"--features inception: the weights could not be downloaded ({error}). Where there is a network, get "
-                         f"{INCEPTION_FILE} from torch-fidelity's releases, and name it with --inception-weights") from error
-
-    def see(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return network(pixels.to(ranks.device).expand(-1, 3, -1, -1))
-
-    return Judge(f"inception-{fingerprint(*network.state_dict().values())}", see, knows_classes=False, batch_size=100)
 
 
 def judge_of(cfg: Config, images: Images, ranks: Ranks) -> Judge:
@@ -262,7 +234,8 @@ def main(argv: Sequence[str] | None = None, config: type[Config] = Config, rows_
     protocol = {"checkpoint": cfg.checkpoint, **({} if program == "evaluation" else {"samples": program}),
                 "data": images.name, "features": judge.name, "num_images": cfg.num_images,
                 "reference": f"{len(real)} training images", "floor": f"{num_floor} held-out images", "seeds": cfg.seeds,
-                "weights": weights, "arithmetic": arithmetic(in_bfloat16), "images": "8 bits"}
+                "weights": weights, "arithmetic": arithmetic(in_bfloat16), "images": "8 bits",
+                **({} if cfg.noise_scale == 1 else {"noise_scale": cfg.noise_scale})}
     print("  ".join(f"{key}: {value}" for key, value in protocol.items()), flush=True)
     if num_floor < cfg.num_images:
         print(f"note: the floor has fewer images than the rows ({num_floor} < {cfg.num_images}), which alone makes its distances larger")
@@ -285,7 +258,8 @@ def main(argv: Sequence[str] | None = None, config: type[Config] = Config, rows_
         scale = metadata["config"]["guidance_scale"] if scale is None else scale
         seeds, compared = [], []
         for seed in tqdm(range(cfg.seeds), name, disable=None):
-            pixels = draw(sample, y, network.shape, seed, ranks, cfg.batch_size or ranks.batch_size, autoencoder.decode, cfg.bfloat16)
+            pixels = draw(sample, y, network.shape, seed, ranks, cfg.batch_size or ranks.batch_size, autoencoder.decode, cfg.bfloat16,
+                          cfg.noise_scale)
             metrics.check_pixels(pixels, least, "samples")
             seen = judge(pixels)
             comparing.result()                              # one waits at most, and an error shows before more is drawn

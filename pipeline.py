@@ -121,7 +121,7 @@ class SplitMeanFlowPipeline:
     @torch.no_grad()
     def __call__(self, class_labels: int | str | Sequence[int | str] | Tensor | None = None, num_inference_steps: int | None = None,
                  generator: Generator | Sequence[Generator] | None = None, guidance_scale: float | None = None,
-                 output_type: Literal["pil", "np", "pt"] = "pil", batch_size: int = 1) -> PipelineOutput:
+                 output_type: Literal["pil", "np", "pt"] = "pil", batch_size: int = 1, noise_scale: float = 1.0) -> PipelineOutput:
         """Draw images.
 
         Args:
@@ -132,9 +132,10 @@ class SplitMeanFlowPipeline:
             guidance_scale: None for 1 with a teacher, its own with a student, which may have learned others to choose from.
             output_type: see `PipelineOutput`.
             batch_size: number of images if `class_labels` is None.
+            noise_scale: size of the noise to start from, above 0; it is 1 in training, and a little above it images vary more.
 
         Raises:
-            ValueError: a class, a number of steps or images, a guidance scale, a generator or an output type that there is not.
+            ValueError: a class, a number of steps or images, a guidance or noise scale, a generator or an output type that there is not.
         """
         student = self.information["kind"] == "student"
         if output_type not in ("pil", "np", "pt"):
@@ -146,11 +147,13 @@ class SplitMeanFlowPipeline:
                 raise ValueError(f"{name} {value!r}: must be a whole number, at least 1")
         if guidance_scale is not None and not (isinstance(guidance_scale, Real) and math.isfinite(guidance_scale)):
             raise ValueError(f"guidance_scale {guidance_scale!r}: must be a finite number, or None")
+        if not (isinstance(noise_scale, Real) and 0 < noise_scale < math.inf):
+            raise ValueError(f"noise_scale {noise_scale!r}: must be a number above 0")
         if not student and guidance_scale not in (None, 1) and not self.classes:
             raise ValueError(f"guidance_scale {guidance_scale}: this model has no classes to guide to; use None")
         u = self.network.at_guidance(guidance_scale) if student else None
         y = self.labels(class_labels, batch_size).to(self.device)
-        z = self.noise(len(y), generator)
+        z = noise_scale * self.noise(len(y), generator)
         if student:
             x = sample_average_velocity(u, z, y, num_inference_steps)
         else:

@@ -41,6 +41,7 @@ class Config:
     guidance_interval: tuple[float, float] = (0.0, 1.0)     # teacher only: times between which it is guided (0: data, 1: noise)
     method: Literal["euler", "heun"] = "euler"  # teacher only: ODE solver; heun takes 2n - 1 evaluations for n steps
     renoise: bool = False                   # student only: jump to the data and add fresh noise, instead of following the flow
+    noise_scale: float = 1.0                # size of the noise to start from, 1 in training; a little above it, images vary more
     num_images: int = 100                   # images in each set, spread evenly over the classes
     seed: int = 0                           # seed of the noise, which is the same for every number of steps
     formats: tuple[Literal["grid", "png", "npz", "gif"], ...] = ("grid",)   # grid in a PNG, single PNGs, uint8 arrays, trajectory as GIF
@@ -57,6 +58,7 @@ class Config:
         require(self, "num_steps", all(n >= 1 for n in self.num_steps), "counts of at least 1")
         require(self, "guidance_scale", self.guidance_scale is None or math.isfinite(self.guidance_scale), "a number")
         check_interval(self, "guidance_interval")
+        require(self, "noise_scale", 0 < self.noise_scale < math.inf, "above 0")
         require(self, "formats", len(self.formats) > 0, "one or more of grid, png, npz, gif")
         check_folder(self, "out")
 
@@ -129,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         renoise = generator(ranks.device, cfg.seed, "renoise") if cfg.renoise else None
         pixels, shown, start = [], [], time.monotonic()
         for labels, places in zip(tqdm(y.split(batch_size), f"{num_steps} steps", disable=None), torch.arange(len(y)).split(batch_size)):
-            z = torch.randn(len(labels), *shape, generator=noise, device=ranks.device)
+            z = cfg.noise_scale * torch.randn(len(labels), *shape, generator=noise, device=ranks.device)
             with ranks.autocast(cfg.bfloat16):
                 if student:
                     states = sample_average_velocity(u, z, labels.to(ranks.device), num_steps, renoise, trajectory=gif)

@@ -282,6 +282,8 @@ def test_help_shows_the_recipe_in_force(script, capsys, monkeypatch):
 @pytest.mark.parametrize(("config_class", "fields", "message"), [
     (EVALUATION, dict(num_workers=0), "--num-workers 0: must be at least 1"),
     (EVALUATION, dict(guidance_scale=(2.0, float("nan"))), "--guidance-scale 2.0 nan: must be a number"),
+    (EVALUATION, dict(noise_scale=0), "--noise-scale 0: must be above 0"),
+    (partial(sample.Config, "x"), dict(noise_scale=float("inf")), "--noise-scale inf: must be above 0"),
     (EVALUATION, dict(out=__file__), f"--out {__file__}: must be a folder, not a file"),
     (EVALUATION, dict(cache=f"{__file__}/features"), f"--cache {__file__}/features: must be a folder, not a file"),
     (CLASSIFIER, dict(num_workers=0), "--num-workers 0: must be at least 1"),

@@ -201,6 +201,15 @@ def test_same_seeds_give_the_same_numbers(folder):
     assert first["rows"] == second["rows"]
 
 
+def test_samples_may_start_from_larger_noise(folder):
+    plain, larger = (run(folder, "student-digits.safetensors", "--num-steps", "1", "--seeds", "1", "--noise-scale", scale)
+                     for scale in ("1", "1.5"))
+    assert (plain["protocol"].get("noise_scale"), larger["protocol"]["noise_scale"]) == (None, 1.5)
+    (one,), (other,) = plain["rows"], larger["rows"]
+    metric = next(key for key in one if key.startswith("frechet_distance"))
+    assert abs(one[metric]["mean"] - other[metric]["mean"]) > 0.01 * one[metric]["mean"]
+
+
 @pytest.mark.parametrize(("flags", "error", "message"), [
     (["--guidance-scale", "2"], ValueError, "has its guidance inside"),
     (["--guidance-interval", "0.2", "0.8"], ValueError, "--guidance-interval 0.2 0.8: a student has its guidance inside"),

@@ -121,6 +121,8 @@ def test_pipeline_of_a_teacher_and_of_a_run_folder(results):
     v = guided_velocity(pipe.network.velocity, 10, 2.0)
     images = pipe([3, 4], 3, torch.manual_seed(1), guidance_scale=2.0, output_type="pt").images
     assert torch.equal(images, sample_velocity(v, z, y, 3).clamp(-1, 1))
+    larger = pipe([3, 4], 3, torch.manual_seed(1), guidance_scale=2.0, output_type="pt", noise_scale=1.5).images
+    assert torch.equal(larger, sample_velocity(v, 1.5 * z, y, 3).clamp(-1, 1)) and not torch.equal(larger, images)
     free = pipe(batch_size=2, generator=torch.manual_seed(1), num_inference_steps=3, output_type="pt").images
     assert torch.equal(free, sample_velocity(pipe.network.velocity, z, torch.tensor([10, 10]), 3).clamp(-1, 1))
 
@@ -145,6 +147,7 @@ def test_saving_a_pipeline(folder, tmp_path):
     (dict(batch_size=0), "batch_size 0: must be"), (dict(batch_size=-1), "batch_size -1: must be"),
     (dict(generator=0), "generator 0: must be a torch.Generator"), (dict(generator=[0]), "generator 0: must be a torch.Generator"),
     (dict(guidance_scale=float("nan")), "guidance_scale nan: must be a finite number, or None"),
+    (dict(noise_scale=0), "noise_scale 0: must be a number above 0"), (dict(noise_scale="1"), "noise_scale '1': must be a number above 0"),
 ])
 def test_pipeline_refuses(folder, arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -9,8 +9,11 @@ from PIL import Image
 from runs import ROOT
 
 import sample
-from models import DiT
-from utils.checkpoints import read_weights, resolve_weights, write_weights
+from models import DiT, build_network
+from utils.checkpoints import load_network, read_weights, resolve_weights, write_weights
+from utils.data import to_pixels
+from utils.sampling import sample_average_velocity
+from utils.seeding import generator
 
 
 def test_sample(results, tmp_path, capsys):
@@ -44,6 +47,21 @@ def test_sample(results, tmp_path, capsys):
     one, strong, late = (np.load(tmp_path / scale / "2step.npz") for scale in ("1", "100", "late"))
     assert not np.array_equal(late["arr_0"], strong["arr_0"])
     assert one["labels"].tolist() == [7, 7, 3, 3] and not np.array_equal(one["arr_0"], strong["arr_0"])
+
+
+def test_samples_may_start_from_larger_noise(results, tmp_path):
+    """The same noise, as many times as asked."""
+    def samples(name, scale):
+        sample.main([str(results / "student-digits"), "--num-images", "4", "--num-steps", "1", "--formats", "npz", "--device", "cpu",
+                     "--out", str(tmp_path / name), "--noise-scale", scale])
+        return np.load(tmp_path / name / "1step.npz")["arr_0"]
+
+    network, _ = load_network(results / "student-digits", build_network)
+    z = torch.randn(4, 1, 8, 8, generator=generator(torch.device("cpu"), 0, "noise"))
+    y = torch.arange(4) * 10 // 4
+    expected = to_pixels(sample_average_velocity(network.at_guidance(None), 1.5 * z, y, 1)).permute(0, 2, 3, 1).numpy().astype(int)
+    assert np.abs(samples("larger", "1.5").astype(int) - expected).max() <= 1
+    assert np.abs(samples("plain", "1").astype(int) - expected).max() > 10
 
 
 def test_samples_of_before_stay(results, tmp_path, monkeypatch):

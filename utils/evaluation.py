@@ -1,5 +1,6 @@
 """What evaluate.py and a training run measure: sets of samples against the training split, with real held-out images as the floor."""
 
+import hashlib
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,8 @@ from utils.seeding import generator
 
 Sample = Callable[[Tensor, Tensor], Tensor]             # from noise z (B, C, H, W) and labels y (B,) to images
 QUICK_IMAGES = 5_000        # samples of each row of a quick evaluation
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 BLAS_THREADS = 8            # of NumPy's products; all of a server's wait for each other: 64 took twice as long, and ten times the work
 
 
@@ -96,6 +99,33 @@ def classifier_judge(file: str | None, network_class: Callable[..., nn.Module], 
                  held_out=metadata.get("held_out"))
 
 
+def inception_judge(weights: str | None, ranks: Ranks) -> Judge:
+    """Inception-v3 as in the field's FID: 2048 pooled features, through torch-fidelity's exact resizing.
+
+    Raises:
+        ValueError: the weights are not there and cannot be downloaded.
+    """
+    from torch_fidelity.utils import create_feature_extractor  # slow to import
+
+    if weights is not None:                                 # it will be unpickled: only the one known file may be
+        if not Path(weights).is_file():
+            raise ValueError(f"--inception-weights {weights}: no such file")
+        digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
+        if digest != INCEPTION_SHA256:
+            raise ValueError(f"--inception-weights {weights} has SHA-256 {digest}; {INCEPTION_FILE} has {INCEPTION_SHA256}")
+    try:
+        network = create_feature_extractor("inception-v3-compat", ["2048", "logits_unbiased"], cuda=ranks.device.type == "cuda",
+                                           feature_extractor_weights_path=weights, verbose=False)
+    except OSError as error:
+        raise ValueError(f"--features inception: the weights could not be downloaded ({error}). Where there is a network, get "
+                         f"{INCEPTION_FILE} from torch-fidelity's releases, and name it with --inception-weights") from error
+
+    def see(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return network(pixels.to(ranks.device).expand(-1, 3, -1, -1))
+
+    return Judge(f"inception-{fingerprint(*network.state_dict().values())}", see, knows_classes=False, batch_size=100)
+
+
 def check_counts(judge: Judge, num_images: int, real: Tensor, held_out: Tensor) -> int:
     """The least number of images that can be compared: one more than the judge has features.
 
@@ -133,16 +163,17 @@ def compare(judge: Judge, samples: Features, labels: Tensor, reference: Features
 
 @torch.no_grad()
 def draw(sample: Sample, labels: Tensor, shape: tuple[int, ...], seed: int, ranks: Ranks, batch_size: int,
-         decode: Callable[[Tensor], Tensor] = NoAutoencoder.decode, bfloat16: bool = False) -> Tensor:
+         decode: Callable[[Tensor], Tensor] = NoAutoencoder.decode, bfloat16: bool = False, noise_scale: float = 1.0) -> Tensor:
     """Samples of the given labels (N,) as they would be saved: uint8 (N, C, H, H), rounded and clipped.
 
     Args:
         shape: of the network's noise. decode: from what the network makes to images. bfloat16: compute in it, on CUDA.
+        noise_scale: standard deviation of the noise.
     """
     noise = generator(ranks.device, seed, "noise")
     pixels = []
     for y in labels.split(batch_size):
-        z = torch.randn(len(y), *shape, generator=noise, device=ranks.device)
+        z = noise_scale * torch.randn(len(y), *shape, generator=noise, device=ranks.device)
         with ranks.autocast(bfloat16):
             pixels.append(to_pixels(decode(sample(z, y.to(ranks.device)))).cpu())
     return torch.cat(pixels)
