@@ -227,31 +227,31 @@ def test_the_card_of_a_network_of_latents(results, tmp_path):
 
 def test_a_release_does_not_tell_where_on_this_machine_things_were(results, tmp_path, monkeypatch):
     """Absolute paths: of the images, the teacher, what was started from, the autoencoder, in commands, and in the evaluation's table."""
-    run, home = tmp_path / "work/run", tmp_path / "home"
+    run, away = tmp_path / "project/run", tmp_path / "away"
     shutil.copytree(results / "student-digits", run)
-    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.chdir(run.parent)
     weights, metadata = read_weights(resolve_weights(run))
-    config = {**metadata["config"], "data": f"{home}/mnist/", "teacher": f"{tmp_path}/work/results/teacher", "start_from": "../home/start"}
-    write_weights(resolve_weights(run), weights, {**metadata, "config": config, "autoencoder": {"source": f"{home}/vae", "weights": "0"}})
+    config = {**metadata["config"], "data": f"{away}/mnist/", "teacher": str(run.parent / "results/teacher"), "start_from": "../away/start"}
+    write_weights(resolve_weights(run), weights, {**metadata, "config": config, "autoencoder": {"source": f"{away}/vae", "weights": "0"}})
     starts = json.loads((run / "environment.json").read_text())
-    starts[0]["command"] = [f"{home}/train_student.py", "--data", f"{home}/mnist/", f"--results-dir={home}/results", "--model", "DiT-S/4"]
+    starts[0]["command"] = [f"{away}/train_student.py", "--data", f"{away}/mnist/", f"--results-dir={away}/results", "--model", "DiT-S/4"]
     (run / "environment.json").write_text(json.dumps(starts))
-    protocol = {"checkpoint": str(run), "data": f"{home}/mnist", "weights": f"EMA {weights_id(load_network(run, build_network)[0])}"}
+    protocol = {"checkpoint": str(run), "data": f"{away}/mnist", "weights": f"EMA {weights_id(load_network(run, build_network)[0])}"}
     (run / "table.md").write_text(report.table([], {}, protocol))
     (run / "metrics.json").write_text(json.dumps({"protocol": protocol}))
     release.main([str(run), "hub", "--evaluation", str(run)])
     release.main([str(run), "x.safetensors"])
     export.main([str(run), "x.pt2"])
-    released = [*(tmp_path / "work/hub").iterdir(), *(tmp_path / "work").glob("x.*")]
+    released = [*(run.parent / "hub").iterdir(), *run.parent.glob("x.*")]
     code = Path(torch.__file__).parent, Path(export.__file__).parent
     told = [(file, place) for file in released for place in (tmp_path, *code) if str(place).encode() in file.read_bytes()]
     assert len(released) == 5 and told == []
     for file in ("hub", "x.safetensors"):
         found = read_weights(resolve_weights(file))[1]
         assert {key: found["config"][key] for key in ("data", "teacher", "start_from")} == {
-            "data": "./mnist", "teacher": "results/teacher", "start_from": "../home/start"}
+            "data": "./mnist", "teacher": "results/teacher", "start_from": "../away/start"}
         assert found["autoencoder"] == {"source": "vae", "weights": "0"}
-    card = (tmp_path / "work/hub/README.md").read_text()
+    card = (run.parent / "hub/README.md").read_text()
     assert "checkpoint run; data ./mnist;" in card
     assert "python train_student.py --data ./mnist --results-dir=results --model DiT-S/4\n" in card
     release.main(["x.safetensors", "mean.safetensors", "--mean-with", str(run)])            # of the same data still
