@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 import tyro
 
 from utils.checkpoints import flush
-from utils.recipes import TEACHER
+from utils.recipes import NAMES
 from utils.times import parse_law
 
 
@@ -65,9 +65,8 @@ class RunConfig:
 FREE_FIELDS = {"max_minutes", "device", "compile", "cuda_graph", "shard", "results_dir", "name", "log_every", "sample_every", "save_every",
                "keep", "eval_every", "classifier", "num_workers", "comet", "data_root", "autoencoder"}
 
-# Paths among the others, which may be written in several ways; a named data set is none.
+# Paths among the others, which may be written in several ways.
 PATHS = ("data", "teacher", "start_from")
-NAMED = TEACHER.keys() - {"path"}
 
 # What a run did before there was such a field.
 ADDED_LATER = {"augment": 0.0, "edge_weight": 0.0, "guidance_range": None, "extra_blocks": 0, "input_skip": False, "flip": None,
@@ -191,7 +190,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def place(path: str | None) -> str | None:
     """What a path leads to, in whichever way it is written: photos/ is ./photos, but ./mnist is a folder and mnist a named data set."""
-    return path if path is None or path in NAMED else os.path.abspath(path)
+    return path if path is None or path in NAMES else os.path.abspath(path)
 
 
 def differences(config: dict[str, Any], other: dict[str, Any]) -> list[str]:
@@ -209,7 +208,7 @@ def public_path(path: str) -> str:
         return path
     whole, here = Path(os.path.normpath(path)), Path.cwd()
     short = str(whole.relative_to(here)) if whole.is_relative_to(here) else whole.name
-    return os.path.join(".", short) if short in NAMED else short              # no folder becomes a named data set
+    return os.path.join(".", short) if short in NAMES else short              # no folder becomes a named data set
 
 
 def public(metadata: dict[str, Any]) -> dict[str, Any]:

@@ -18,9 +18,9 @@ from utils.checkpoints import fingerprint
 from utils.distributed import Ranks
 from utils.folders import load_folder
 from utils.latents import Latents, is_latents, load_latents, originals
+from utils.recipes import NAMES
 from utils.seeding import fold, generator
 
-NAMES = ("mnist", "cifar10", "digits")
 WITH_TEST_SPLIT = ("mnist", "cifar10")                      # which is held out from all training
 PATH_SIZE = 32                                              # side of images of a path, unless it is given
 

@@ -18,3 +18,5 @@ STUDENT = {
     "digits": dict(steps=240, global_batch_size=256, guidance_scale=2.5, guidance_interval=(0.0, 1.0), warmup_steps=30, sample_every=240,
                    save_every=240),
 }
+
+NAMES = tuple(name for name in TEACHER if name != "path")           # of the named data sets
