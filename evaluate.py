@@ -46,7 +46,7 @@ from utils.evaluation import (
     shuffled,
     summary,
 )
-from utils.flow import interpolate
+from utils.flow import interpolate, nearest_noise
 from utils.guidance import guided_velocity
 from utils.latents import originals
 from utils.pictures import save_grid
@@ -284,7 +284,9 @@ def main(argv: Sequence[str] | None = None, config: type[Config] = Config, rows_
 
     if student:
         x = autoencoder.encode(to_range(real[:32].to(ranks.device)))
-        eps = torch.randn(x.shape, generator=generator(ranks.device, 0, "map"), device=ranks.device)
+        noise = generator(ranks.device, 0, "map")           # paired with images as in training
+        eps = nearest_noise(x, [torch.randn(x.shape, generator=noise, device=ranks.device)
+                                for _ in range(metadata["config"].get("noise_candidates", 1))])
         u = network.at_guidance(next(iter(cfg.guidance_scale), None))
         residual = residual_map(u, lambda t: interpolate(x, eps, t), real_labels[:32].to(ranks.device))
         report.save_residual(out / "residual.png", residual)

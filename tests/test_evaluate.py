@@ -20,7 +20,9 @@ from utils import distributed
 from utils.checkpoints import read_weights, write_weights
 from utils.data import load_images
 from utils.evaluation import classifier_judge
+from utils.flow import nearest_noise
 from utils.run_log import Run
+from utils.seeding import generator
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,26 @@ def test_student(folder, capsys):
     assert "| 2 steps | 2 |" in (folder / "hub" / "README.md").read_text()
     with pytest.raises(ValueError, match="is of the weights EMA [0-9a-f]{8}, not of these, EMA"):
         release.main([str(folder / "teacher-digits.safetensors"), str(folder / "other"), "--evaluation", str(folder / "out")])
+
+
+def test_the_residual_is_of_pairs_of_image_and_noise_as_in_training(folder, monkeypatch):
+    pairs = []
+
+    def residual_map(u, z_at, y):
+        pairs.append((z_at(torch.zeros(32)), z_at(torch.ones(32))))
+        return torch.ones(8, 8)
+
+    monkeypatch.setattr(evaluate, "residual_map", residual_map)
+    weights, metadata = read_weights(folder / "student-digits.safetensors")
+    noise = generator("cpu", 0, "map")
+    noises = [torch.randn(32, 1, 8, 8, generator=noise) for _ in range(4)]
+    for num_noises in (1, 4):
+        config = {**metadata["config"], "noise_candidates": num_noises}
+        write_weights(folder / "student-near.safetensors", weights, {**metadata, "config": config})
+        run(folder, "student-near.safetensors", "--num-steps", "1")
+        x, eps = pairs[-1]
+        assert torch.equal(eps, nearest_noise(x, noises[:num_noises]))
+    assert not torch.equal(eps, noises[0])
 
 
 def test_a_teacher_is_checked_before_work_starts(folder, capsys):
