@@ -28,7 +28,7 @@ from models import Classifier, DiT, SiT, build_network
 from utils import distributed, metrics, report
 from utils.autoencoder import load_autoencoder
 from utils.checkpoints import fingerprint, load_network, resolve_weights, weights_id
-from utils.config import check_folder, check_interval, first_free, parse_config, require, to_dict, write_json
+from utils.config import check_folder, check_interval, check_writable, first_free, parse_config, require, to_dict, write_json
 from utils.data import WITH_TEST_SPLIT, Images, check_guidance, load_held_out, load_images, to_range
 from utils.distributed import Ranks
 from utils.evaluation import (
@@ -185,6 +185,8 @@ def main(argv: Sequence[str] | None = None, config: type[Config] = Config, rows_
          program: str = "evaluation") -> None:
     """config, rows_of, text, program: flags, rows, help and results' name of what measures other samplers by this protocol."""
     cfg = parse_config(config, argv, text)
+    wanted = Path(cfg.out or f"results/{program}-{label(Path(cfg.checkpoint))}")
+    check_writable(wanted)
     ranks = distributed.start(cfg.device)
     network, metadata = load_network(cfg.checkpoint, build_network, ranks.device)
     student = metadata["kind"] == "student"
@@ -194,7 +196,8 @@ def main(argv: Sequence[str] | None = None, config: type[Config] = Config, rows_
     if student and cfg.method != "euler":
         raise ValueError(f"--method {cfg.method}: only a teacher's flow is solved; a student jumps")
     weights = f"EMA {weights_id(network)}"
-    if cfg.out and free_folder(Path(cfg.out), to_dict(cfg), weights) != Path(cfg.out):
+    out = free_folder(wanted, to_dict(cfg), weights)
+    if cfg.out and out != wanted:
         raise ValueError(f"--out {cfg.out} holds an evaluation by other flags or of other weights, which stays; choose another one")
     if not student and cfg.teacher is not None:
         raise ValueError(f"--teacher {cfg.teacher}: only a student has one, and {cfg.checkpoint} is a teacher")
@@ -245,7 +248,6 @@ def main(argv: Sequence[str] | None = None, config: type[Config] = Config, rows_
         network.compile_blocks()
     y = even_labels(cfg.num_images, images)
     held_nearest, _ = metrics.nearest(floor_features.features[:2000], reference.features)
-    out = Path(cfg.out) if cfg.out else free_folder(Path(f"results/{program}-{label(Path(cfg.checkpoint))}"), to_dict(cfg), weights)
     out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     if teacher:

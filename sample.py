@@ -22,7 +22,7 @@ from models import build_network
 from utils import distributed
 from utils.autoencoder import load_autoencoder
 from utils.checkpoints import load_network
-from utils.config import check_folder, check_interval, first_free, is_vacant, parse_config, require
+from utils.config import check_folder, check_interval, check_writable, first_free, is_vacant, parse_config, require
 from utils.data import check_guidance, to_pixels, to_range
 from utils.guidance import guided_velocity
 from utils.pictures import save_gif, save_grid
@@ -88,6 +88,8 @@ def chosen_classes(asked: Sequence[str], classes: list[str]) -> list[int]:
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse_config(Config, argv, __doc__)
+    wanted = Path(cfg.out or "samples")
+    check_writable(wanted)
     ranks = distributed.start(cfg.device)
     network, metadata = load_network(cfg.checkpoint, build_network, ranks.device)
     student = metadata["kind"] == "student"
@@ -108,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     v = guided_velocity(network.velocity, network.null_class, 1.0 if student or cfg.guidance_scale is None else cfg.guidance_scale,
                         cfg.guidance_interval)
     counts = cfg.num_steps or ((1, 2, 4) if student else (25,))
-    out = Path(cfg.out) if cfg.out else first_free(Path("samples"), lambda folder: in_the_way(folder, counts, cfg.formats) is None)
+    out = wanted if cfg.out else first_free(wanted, lambda folder: in_the_way(folder, counts, cfg.formats) is None)
     if (file := in_the_way(out, counts, cfg.formats)) is not None:
         raise ValueError(f"{file} is there already, and is not overwritten; choose another --out")
     out.mkdir(parents=True, exist_ok=True)

@@ -317,6 +317,15 @@ def test_where_nothing_may_be_written_is_told_before_what_is_read(script, argv, 
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("out", [None, "target", "made/on/the/way"])
+@pytest.mark.parametrize(("script", "default"), [(sample, "samples"), (evaluate, "results/evaluation-x")])
+def test_so_it_is_of_folders_and_without_a_flag(script, default, out, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(ValueError, match=f"^{out or default}: {tmp_path} is no folder, or may not be written to"):
+        script.main(["x", *(["--out", out] if out else [])])
+
+
 def test_a_folder_that_is_there_must_be_writable_too(tmp_path, monkeypatch):
     check_writable(tmp_path / "target")
     (tmp_path / "target").mkdir()
