@@ -9,6 +9,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -46,19 +47,22 @@ def mean_of(sources: Sequence[Path]) -> tuple[dict[str, Tensor], dict[str, Any]]
         The weights and the metadata of the first, in which "mean_of" lists the ids of all.
 
     Raises:
-        ValueError: one is of another kind, architecture, teacher, autoencoder, classes, data or, of students, guidance than the first.
+        ValueError: one is of another kind, architecture, teacher, autoencoder, classes, data or, of students, guidance than another one.
+            Of a folder of images, one that was released tells no more than `utils.config.public_path` leaves, often its name.
     """
     def same(metadata: dict[str, Any]) -> dict[str, Any]:
         learned = ("guidance_scale", "guidance_interval") if metadata["kind"] == "student" else ()         # a teacher's is of grids
-        return ({key: metadata.get(key) for key in ("kind", "architecture", "teacher", "autoencoder", "classes")}
+        return ({key: metadata.get(key) for key in ("kind", "architecture", "teacher", "classes")}
+                | {"autoencoder": (entry := metadata.get("autoencoder")) and {**entry, "source": None}}     # wherever it was read from
                 | {key: metadata["config"].get(key) for key in learned} | {"data": place(metadata["config"].get("data"))})
 
     networks, metadata = zip(*(load_network(source, build_network) for source in sources), strict=True)
-    metadata = [public(each) for each in metadata]          # as one of them may have been released already
-    for source, other in zip(sources[1:], metadata[1:], strict=True):
-        for key, value in same(metadata[0]).items():
+    for (first, one), (second, other) in combinations(zip(sources, metadata, strict=True), 2):
+        if any(each == public(each) for each in (one, other)):              # released already
+            one, other = public(one), public(other)
+        for key, value in same(one).items():
             if same(other)[key] != value:
-                raise ValueError(f"--mean-with {source} has {key} {same(other)[key]}, {sources[0]} {value}: their mean means nothing")
+                raise ValueError(f"--mean-with {second} has {key} {same(other)[key]}, {first} {value}: their mean means nothing")
     parts = [network.state_dict() for network in networks]
     weights = {name: torch.stack([part[name].float() for part in parts]).mean(0) for name in parts[0]}
     return weights, metadata[0] | {"mean_of": [weights_id(network) for network in networks]}

@@ -299,6 +299,17 @@ def test_release_of_a_mean(results, tmp_path):
         write_weights(tmp_path / "other.safetensors", weights, metadata | change)
         with pytest.raises(ValueError, match=f"other.safetensors has {said}: their mean means nothing"):
             release.main([str(run), str(tmp_path / "x.safetensors"), "--mean-with", str(tmp_path / "other.safetensors")])
+    of_photos = {name: str(tmp_path / f"{name}.safetensors") for name in ("one", "other")}
+    for name, file in of_photos.items():                    # as runs have them: their data lie elsewhere
+        config = {**metadata["config"], "data": str(tmp_path / name / "photos")}
+        autoencoder = {"source": str(tmp_path / name / "vae"), "weights": "0"}              # one, read from two places
+        write_weights(Path(file), weights, metadata | {"config": config, "autoencoder": autoencoder})
+    released = str(tmp_path / "photos.safetensors")
+    release.main([of_photos["one"], released])
+    for first, *others in (of_photos.values(), (released, *of_photos.values())):
+        with pytest.raises(ValueError, match=r"other.safetensors has data \S*other/photos, \S*one.safetensors \S*one/photos: their mean"):
+            release.main([first, str(tmp_path / "x.safetensors"), "--mean-with", *others])
+    release.main([of_photos["other"], str(tmp_path / "y.safetensors"), "--mean-with", released])        # of which the name is all one knows
     weights, metadata = read_weights(resolve_weights(results / "teacher-digits"))          # whose guidance is that of its sample grids
     write_weights(tmp_path / "other.safetensors", weights, {**metadata, "config": {**metadata["config"], "guidance_scale": [9.0]}})
     release.main([str(results / "teacher-digits"), str(tmp_path / "t.safetensors"), "--mean-with", str(tmp_path / "other.safetensors")])
