@@ -69,6 +69,7 @@ def test_a_leading_share_of_the_batch_is_one_of_each_rank(world_size, monkeypatc
         ranks = Ranks(rank, world_size, torch.device("cpu"))
         rows = ranks.rows(torch.arange(11))
         assert all((rows[: ranks.count(num)] < num).all() and (rows[ranks.count(num) :] >= num).all() for num in range(12))
+        assert rows.untyped_storage().nbytes() == rows.nbytes               # of the rest of the batch nothing is kept
         assert ranks.is_main == (rank == 0)
     monkeypatch.setattr(Ranks, "gather", lambda self, values: torch.stack([values, torch.zeros(1)]))
     assert ranks.agree(True) and not ranks.agree(False)                     # one is enough

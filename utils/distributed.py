@@ -33,8 +33,11 @@ class Ranks:
         return 500 if self.device.type == "cuda" else 50
 
     def rows(self, batch: Tensor) -> Tensor:
-        """This rank's rows of a global batch: every world_size-th, so that a leading share stays a leading share."""
-        return batch[self.rank :: self.world_size]
+        """This rank's rows of a global batch: every world_size-th, so that a leading share stays a leading share.
+
+        Contiguous: a view would keep the whole batch in memory.
+        """
+        return batch[self.rank :: self.world_size].contiguous()
 
     def count(self, num: int) -> int:
         """How many of the first num rows of a global batch are this rank's."""
