@@ -6,7 +6,7 @@
 TEACHER = {
     "mnist": dict(model="DiT-Ti/4", steps=8_000),
     "cifar10": dict(model="DiT-S/2", steps=13_000),
-    "path": dict(model="DiT-S/2", steps=20_000),
+    "path": dict(model="DiT-S/2", steps=20_000, noise_candidates=1),
     "digits": dict(model="DiT-Nano/4", steps=480, global_batch_size=256, sample_steps=15, warmup_steps=30, sample_every=480,
                    save_every=480),
 }

@@ -173,6 +173,7 @@ VARIANTS = [
     teacher("teacher-augment", "--augment;0.12", "moved images, of which the network is told", cost="own"),
     teacher("teacher-long-skips", "", "later blocks see earlier ones", patch="long-skips", cost="own"),
     teacher("teacher-shift", "", "MLPs see the patches around", patch="shift", cost="own"),
+    teacher("teacher-any-noise", "--noise-candidates;1", "one noise for each image", cost="own"),
     teacher("teacher-nearest-of-4", "--noise-candidates;4", "noise near its image", cost="own"),
     teacher("teacher-silu", "", "SiLU for squared ReLU", patch="silu", cost="own"),
     teacher("teacher-gelu", "", "GELU for squared ReLU", patch="gelu", cost="own"),
