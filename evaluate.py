@@ -201,7 +201,7 @@ def main(argv: Sequence[str] | None = None, config: type[Config] = Config, rows_
         raise ValueError(f"--out {cfg.out} holds an evaluation by other flags or of other weights, which stays; choose another one")
     if not student and cfg.teacher is not None:
         raise ValueError(f"--teacher {cfg.teacher}: only a student has one, and {cfg.checkpoint} is a teacher")
-    check_guidance(cfg.guidance_scale, metadata["classes"])
+    check_guidance(cfg.guidance_scale, metadata["classes"], cfg.guidance_interval)
     own = find_own_teacher(cfg.checkpoint, cfg.teacher) if student else None
     teacher = load_own_teacher(own, metadata, ranks, given=cfg.teacher is not None) if own else None
     data = cfg.data or metadata["config"]["data"]

@@ -96,8 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     u = network.at_guidance(cfg.guidance_scale) if student else None
     if student and (cfg.method, cfg.guidance_interval) != ("euler", (0.0, 1.0)):
         raise ValueError("--method and --guidance-interval are a teacher's: a student has its guidance inside, and jumps")
-    if cfg.guidance_scale is not None:
-        check_guidance((cfg.guidance_scale,), metadata["classes"])
+    check_guidance((1.0 if cfg.guidance_scale is None else cfg.guidance_scale,), metadata["classes"], cfg.guidance_interval)
     if not student and cfg.renoise:
         raise ValueError("--renoise True: only a student can jump to the data")
     chosen = torch.tensor(chosen_classes(cfg.classes, metadata["classes"]))

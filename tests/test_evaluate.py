@@ -183,6 +183,8 @@ def test_teacher_rows_count_guided_evaluations_twice(folder):
     assert [row["name"] for row in late["rows"]] == ["3 Euler steps, guidance 1.0", "3 Euler steps, guidance 2.0 at 0.5 to 1"]
     assert late["rows"][0] == result["rows"][0]             # what is not guided knows no interval
     assert late["rows"][1]["frechet_distance"] != result["rows"][1]["frechet_distance"]
+    with pytest.raises(ValueError, match="--guidance-interval 0.5 1: nothing is guided without a --guidance-scale other than 1"):
+        run(folder, "teacher-digits.safetensors", "--guidance-scale", "1", "--guidance-interval", "0.5", "1")
     heun = run(folder, "teacher-digits.safetensors", "--num-steps", "3", "--method", "heun", "--guidance-scale", "1", "2")
     assert [row["name"] for row in heun["rows"]] == ["3 Heun steps, guidance 1.0", "3 Heun steps, guidance 2.0"]
     assert [row["evaluations"] for row in heun["rows"]] == [5, 10]

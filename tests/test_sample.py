@@ -94,6 +94,8 @@ def test_a_grid_of_many_images_shows_every_class(results, tmp_path, formats, mon
     (["student-digits", "--guidance-scale", "2"], "guidance scale 2.0: this student has its guidance inside"),
     (["student-digits", "--guidance-interval", "0", "0.8"], "are a teacher's"),
     (["student-digits", "--method", "heun"], "are a teacher's"),
+    (["teacher-digits", "--guidance-interval", "0.2", "0.8"], "--guidance-interval 0.2 0.8: nothing is guided without a --guidance-scale"),
+    (["teacher-digits", "--guidance-interval", "0.2", "0.8", "--guidance-scale", "1"], "nothing is guided"),
     (["student-digits", "--classes", "eleven"], "eleven.*0, 1, 2"),
     (["teacher-digits", "--renoise", "True"], "only a student"),
     (["nowhere"], "no checkpoint"),

@@ -199,12 +199,15 @@ def load_held_out(images: Images, path: str | None, data_root: str = "data", num
     return tuple(replace(images, pixels=images.pixels[part], labels=images.labels[part]) for part in (rest, tenth))
 
 
-def check_guidance(guidance_scales: tuple[float, ...], classes: list[str]) -> None:
-    """Raise ValueError if guidance (a scale other than 1) is asked for and there are no classes to guide to."""
+def check_guidance(guidance_scales: tuple[float, ...], classes: list[str], interval: tuple[float, float] = (0.0, 1.0)) -> None:
+    """Raise ValueError if guidance (a scale other than 1) is asked for and there are no classes to guide to, or if it is to act at some
+    times and is not asked for."""
     on = [scale for scale in guidance_scales if scale != 1]
     if on and len(classes) < 2:
         raise ValueError(f"--guidance-scale {on[0]}: guidance needs at least 2 classes, and the data have {len(classes)}; "
                          "use --guidance-scale 1 and no --guidance-range")
+    if interval != (0, 1) and not on:
+        raise ValueError("--guidance-interval {:g} {:g}: nothing is guided without a --guidance-scale other than 1".format(*interval))
 
 
 class Batches:
