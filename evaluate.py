@@ -195,7 +195,7 @@ def main(argv: Sequence[str] | None = None, config: type[Config] = Config, rows_
         raise ValueError("--guidance-interval {} {}: a student has its guidance inside".format(*cfg.guidance_interval))
     if student and cfg.method != "euler":
         raise ValueError(f"--method {cfg.method}: only a teacher's flow is solved; a student jumps")
-    weights = f"EMA {weights_id(network)}"
+    weights = report.weights_name(weights_id(network), metadata)
     out = free_folder(wanted, to_dict(cfg), weights)
     if cfg.out and out != wanted:
         raise ValueError(f"--out {cfg.out} holds an evaluation by other flags or of other weights, which stays; choose another one")

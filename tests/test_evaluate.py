@@ -74,6 +74,13 @@ def test_student(folder, capsys):
     with pytest.raises(ValueError, match="is of the weights EMA [0-9a-f]{8}, not of these, EMA"):
         release.main([str(folder / "teacher-digits.safetensors"), str(folder / "other"), "--evaluation", str(folder / "out")])
 
+    weights, metadata = read_weights(folder / "student-digits.safetensors")         # those being trained are not called EMA
+    write_weights(folder / "raw.safetensors", weights, metadata | {"weights": "raw"})
+    raw = run(folder, "raw.safetensors", "--num-steps", "1")["protocol"]["weights"]
+    assert raw == result["protocol"]["weights"].replace("EMA", "raw") != result["protocol"]["weights"]
+    release.main([str(folder / "raw.safetensors"), str(folder / "raw"), "--evaluation", str(folder / "out")])
+    assert f"weights {raw}" in (folder / "raw" / "README.md").read_text()
+
 
 def test_the_residual_is_of_pairs_of_image_and_noise_as_in_training(folder, monkeypatch):
     pairs = []

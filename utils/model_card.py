@@ -10,6 +10,7 @@ from huggingface_hub import ModelCardData
 from utils.config import public_path
 from utils.guidance import guidance_in_words
 from utils.json_lines import read_lines
+from utils.report import weights_name
 
 USE = """```python
 import torch
@@ -41,7 +42,7 @@ def training_lines(run: Path, config: dict[str, Any], step: int) -> list[str]:
 
 
 def numbers_of(evaluation: Path, weights: str) -> str:
-    """The table that evaluate.py wrote into a folder, if it is of these weights."""
+    """The table that evaluate.py wrote into a folder, if it is of these weights (`report.weights_name`)."""
     table, metrics = (evaluation / name for name in ("table.md", "metrics.json"))
     if not (table.is_file() and metrics.is_file()):
         raise FileNotFoundError(f"{evaluation} holds no table.md and metrics.json; make them with evaluate.py")
@@ -49,8 +50,8 @@ def numbers_of(evaluation: Path, weights: str) -> str:
     if "samples" in protocol:
         raise ValueError(f"{evaluation} is of samples of a {protocol['samples']}, not of what this network makes; use evaluate.py")
     measured = protocol.get("weights", "of an older evaluate.py, which did not say")
-    if measured != f"EMA {weights}":
-        raise ValueError(f"{evaluation} is of the weights {measured}, not of these, EMA {weights}; make it anew with evaluate.py")
+    if measured != weights:
+        raise ValueError(f"{evaluation} is of the weights {measured}, not of these, {weights}; make it anew with evaluate.py")
     text = table.read_text().strip()
     for key in protocol.keys() & {"checkpoint", "data"}:
         text = text.replace(f"{key} {protocol[key]}", f"{key} {public_path(protocol[key])}")
@@ -88,7 +89,8 @@ def model_card(name: str, metadata: dict[str, Any], weights: str, run: Path, eva
     what = ("Few-step student: makes an image in 1, 2 or 4 network evaluations. Its teacher's guidance, "
             f"{guidance_in_words(config)}, is part of it and takes no further evaluations." if student else
             "Flow-matching teacher: predicts the velocity of an ODE, to be solved in some 25 steps, with or without guidance.")
-    numbers = numbers_of(evaluation, weights) if evaluation else "None: this card was made without an evaluation by `evaluate.py`."
+    numbers = (numbers_of(evaluation, weights_name(weights, metadata)) if evaluation else
+               "None: this card was made without an evaluation by `evaluate.py`.")
     return "\n".join([
         "---", ModelCardData(**front).to_yaml().strip(), "---", "", f"# {name}", "",
         f"{what} Method: [SplitMeanFlow, arXiv 2507.16884](https://arxiv.org/abs/2507.16884). t = 0 is data, t = 1 is noise.", "",

@@ -16,6 +16,12 @@ COLUMNS = [
 ]
 
 
+def weights_name(identity: str, metadata: dict[str, Any]) -> str:
+    """What an evaluation calls weights: "EMA 01234567", or "raw 01234567" of a raw.safetensors. identity: of `checkpoints.weights_id`."""
+    kind = metadata.get("weights", "ema")
+    return f"{'EMA' if kind == 'ema' else kind} {identity}"
+
+
 def full_names(numbers: dict[str, Any], protocol: dict[str, Any]) -> dict[str, Any]:
     """Metrics under names that say how they were measured, so that no two protocols are mixed up by accident."""
     known = {key for key, *_ in COLUMNS}
