@@ -71,7 +71,7 @@ class Config:
     noise_scale: float = 1.0                # size of the noise that samples start from, 1 in training; a little above it, they vary more
     num_images: int = 10_000                # samples for each row and seed; 50000 for the record
     seeds: int = 3                          # sets of samples for each row, each from other noise
-    teacher: str | None = None              # student only: teacher whose distance is measured; None: the one beside the checkpoint, if any
+    teacher: str | None = None              # student only: teacher whose distance is measured; None: its own, if beside the checkpoint
     batch_size: int | None = None           # images at a time; None: 500 on a GPU, 50 on a CPU
     bfloat16: bool = False                  # compute in bfloat16 (on CUDA only): twice as fast, with a light grain in one step
     compile: bool = False                   # torch.compile the network (on CUDA only): 15 to 21 s, pays off from 200,000 evaluations
@@ -133,10 +133,12 @@ def find_own_teacher(checkpoint: str, teacher: str | None) -> Path | None:
 
 
 def load_own_teacher(path: Path, metadata: dict[str, Any], ranks: Ranks, given: bool) -> DiT | SiT | None:
-    """The network at `path`, if it is a teacher's for a student of this metadata; a note says if it is another one.
+    """The network at `path`, if it is a teacher's for a student of this metadata.
+
+    One that was found, not given, is left out, with a note, if it is none, of another size, or not the one that the student learnt from.
 
     Raises:
-        ValueError: it is no teacher, or of another size, and was given, not found; a found one is left out, with a note.
+        ValueError: it was given, and is no teacher, or of another size. Of another teacher that was given a note tells.
     """
     teacher, theirs = load_network(path, build_network, ranks.device)
     architecture = metadata["architecture"]
@@ -145,13 +147,12 @@ def load_own_teacher(path: Path, metadata: dict[str, Any], ranks: Ranks, given: 
               for key in ("num_channels", "image_size", "num_classes") if theirs["architecture"].get(key) != architecture[key]]
     if wrong and given:
         raise ValueError(f"--teacher {path} {wrong[0]}")
+    identity = weights_id(teacher)
+    if not wrong and metadata.get("teacher", identity) != identity:
+        wrong = [f"is teacher {identity}; the student learnt from {metadata['teacher']}"]
     if wrong:
-        print(f"note: {path} {wrong[0]}: no distance from a teacher is told")
-        return None
-    found = weights_id(teacher)
-    if metadata.get("teacher", found) != found:
-        print(f"note: {path} is teacher {found}; the student learnt from {metadata['teacher']}")
-    return teacher
+        print(f"note: {path} {wrong[0]}" + ("" if given else ": no distance from a teacher is told"))
+    return None if wrong and not given else teacher
 
 
 def label(checkpoint: Path) -> str:

@@ -116,8 +116,11 @@ def test_a_teacher_is_checked_before_work_starts(folder, capsys):
     (folder / "larger.safetensors").rename(folder / "teacher-knows.safetensors")         # found by its name, and left out
     found = run(folder, "student-knows.safetensors", "--num-steps", "1")
     assert "teacher_distance" not in found["rows"][0] and "has image_size 16, the student 8: no distance" in capsys.readouterr().out
-    run(folder, "student-knows.safetensors", "--num-steps", "1", "--teacher", str(folder / "other.safetensors"))
-    assert "the student learnt from 01234567" in capsys.readouterr().out
+    (folder / "other.safetensors").replace(folder / "teacher-knows.safetensors")         # likewise
+    found = run(folder, "student-knows.safetensors", "--num-steps", "1")
+    assert "teacher_distance" not in found["rows"][0] and "learnt from 01234567: no distance" in capsys.readouterr().out
+    given = run(folder, "student-knows.safetensors", "--num-steps", "1", "--teacher", str(folder / "teacher-knows.safetensors"))
+    assert "teacher_distance" in given["rows"][0] and "the student learnt from 01234567\n" in capsys.readouterr().out
 
 
 def test_a_judge_that_may_know_the_held_out_images(folder, capsys):
