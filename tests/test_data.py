@@ -1,5 +1,6 @@
 """Pixels and their range, named data sets, and what guidance needs of them."""
 
+import errno
 import re
 import threading
 import time
@@ -9,6 +10,7 @@ from urllib.error import URLError
 import pytest
 import torch
 import torchvision
+from filelock import FileLock
 from runs import make_images
 
 import evaluate
@@ -95,6 +97,22 @@ def test_one_download_at_a_time(monkeypatch, tmp_path):
     with ThreadPoolExecutor(3) as pool:
         errors = [future.exception() for future in [pool.submit(load_images, "mnist", str(tmp_path)) for _ in range(3)]]
     assert alone == [True] * 3 and all("no file yet" in str(error) for error in errors)
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("no flock"), OSError(errno.ENOLCK, "No locks available")])
+def test_a_file_system_without_locks_may_hold_the_data(monkeypatch, tmp_path, error):
+    class Three:
+        data, targets, classes = torch.zeros(3, 28, 28, dtype=torch.uint8), torch.arange(3), ["0 - zero", "1 - one", "2 - two"]
+
+        def __init__(self, *_, **__):
+            pass
+
+    def acquire(self, timeout=-1):
+        raise error
+
+    monkeypatch.setattr(torchvision.datasets, "MNIST", Three)
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    assert len(load_images("mnist", str(tmp_path))) == 3
 
 
 @pytest.mark.parametrize("classes", [[], ["cat"]])

@@ -1,5 +1,6 @@
 """How a run begins and goes on: from which teacher, with whom, and over what an earlier start left."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -35,13 +36,31 @@ def test_one_process_trains_a_run(results, tmp_path, monkeypatch):
     assert_same(results / "teacher-digits", tmp_path / "teacher-digits")
 
 
-def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("error", [NotImplementedError("FileSystem does not appear to support flock"),
+                                   OSError(errno.ENOLCK, "No locks available"), OSError(errno.EOPNOTSUPP, "Operation not supported")])
+def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch, capsys, error):
     def acquire(self, timeout):
-        raise NotImplementedError("FileSystem does not appear to support flock")
+        raise error
 
     monkeypatch.setattr(FileLock, "acquire", acquire)
     train_teacher_mnist.main([*TEACHER, "--results-dir", str(tmp_path)])
     assert "this file system has no locks" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_a_lock_that_a_dead_process_of_another_host_left_is_named(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    lock = tmp_path / "teacher-digits/.lock"
+    lock.parent.mkdir()
+    lock.write_text("1\nanother-host\n")
+    with pytest.raises(ValueError, match=f"another process is training this run; .* If none is, delete {lock}$"):
+        train_teacher_mnist.main([*TEACHER, "--results-dir", str(tmp_path)])
+    lock.unlink()
+    train_teacher_mnist.main([*TEACHER, "--results-dir", str(tmp_path)])
+    assert not lock.exists()
 
 
 @pytest.mark.parametrize(("what", "shown"), [("the number of updates done", "0, 255"), ("the hash of the teacher's weights", "0, ff"),

@@ -3,7 +3,6 @@
 import hashlib
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from utils.checkpoints import fingerprint
 from utils.distributed import Ranks
 from utils.folders import load_folder
 from utils.latents import Latents, is_latents, load_latents, originals
+from utils.locks import lock_if_possible
 from utils.recipes import NAMES
 from utils.seeding import fold, generator
 
@@ -97,15 +97,19 @@ def load_torchvision(name: str, root: str, train: bool = True) -> tuple[Tensor, 
     """
     import torchvision  # as slow to import as PyTorch itself, and few scripts need it
 
+    lock = FileLock(Path(root, ".download.lock"))
     data_class = {"mnist": torchvision.datasets.MNIST, "cifar10": torchvision.datasets.CIFAR10}[name]
     try:
         Path(root).mkdir(parents=True, exist_ok=True)
         # All processes of a host come here at once, and torchvision would have each write the same files.
-        with FileLock(Path(root, ".download.lock")) if os.access(root, os.W_OK) else nullcontext():
-            data = data_class(root, train=train, download=True)
+        if os.access(root, os.W_OK):
+            lock_if_possible(lock)
+        data = data_class(root, train=train, download=True)
     except (OSError, RuntimeError) as error:
         raise ValueError(f"--data {name} is not in --data-root {root} and could not be downloaded ({error}). Without a network, "
                          f"use --data digits, --data PATH with images of your own, or --data-root with a copy") from error
+    finally:
+        lock.release()
     pixels = torch.as_tensor(data.data)
     pixels = pixels[:, None] if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2)
     return pixels.contiguous(), torch.as_tensor(data.targets), [str(c).split(" - ")[0] for c in data.classes]

@@ -31,6 +31,7 @@ from utils.distributed import Ranks, device_name
 from utils.interrupt import StopRequest
 from utils.json_lines import add_line, read_lines
 from utils.latents import Latents
+from utils.locks import if_left_behind, lock_if_possible
 from utils.pictures import save_curves, save_gif, save_grid
 from utils.sharding import whole_weights
 
@@ -140,10 +141,11 @@ class Run:
         if self.ranks.is_main:
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
             try:
-                self.lock.acquire(timeout=0)
+                locked = lock_if_possible(self.lock, timeout=0)
             except Timeout:
-                raise ValueError(f"{self.folder}: another process is training this run; wait for it, or choose another --name") from None
-            except NotImplementedError:
+                raise ValueError(f"{self.folder}: another process is training this run; wait for it, or choose another --name"
+                                 + if_left_behind(self.lock)) from None
+            if not locked:
                 self.note("note: this file system has no locks; see to it that one process at a time trains this run")
             write_json(self.folder / "config.json", self.description)
             starts_file, ran_on = self.folder / "environment.json", environment(self.ranks)
