@@ -85,7 +85,8 @@ def split_classes(path: Path, names: list[str], flag: str) -> tuple[list[str], l
         train = next((name for name in classes if name.lower() == "train"), classes[0])
         remedy = f"use {flag} {passed / train}" if path.is_dir() else f"zip only the folder {train}"
         raise ValueError(f"{flag} {path} holds {' and '.join(classes)}, which are splits and not classes; {remedy}")
-    return classes, [classes.index(p[0]) for p in parts]
+    numbers = {name: i for i, name in enumerate(classes)}
+    return classes, [numbers[p[0]] for p in parts]
 
 
 def decode(name: str, content: bytes, size: int) -> tuple[np.ndarray, bool]:
