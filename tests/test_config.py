@@ -118,6 +118,7 @@ BOTH = [
     (["--keep", "0"], "--keep 0: must be at least 1"),
     (["--max-minutes", "0"], "--max-minutes 0.0: must be above 0, or None"),
     (["--image-size", "0"], "--image-size 0: must be at least 1, or None"),
+    (["--classifier", "c.safetensors"], "--classifier c.safetensors: must be left out without --eval-every"),
     (["--name", "a/b"], "--name a/b: must be a folder's name, without slashes"),
     (["--name", ".."], "--name ..: must be a folder's name, without slashes"),
     (["--data", ""], "--data '': must not be empty"),

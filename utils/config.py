@@ -46,7 +46,7 @@ class RunConfig:
     save_every: int = 2_000             # updates between checkpoints
     keep: int = 2                       # newest checkpoints to keep
     eval_every: int | None = None       # updates between quick evaluations of 5,000 images; None: none
-    classifier: str | None = None       # file of train_classifier.py for --eval-every; None: the released one of the data set
+    classifier: str | None = None       # file of train_classifier.py for --eval-every; None: checkpoints/classifier-<data>.safetensors
     num_workers: int = 4                # threads that decode image files
     autoencoder: str | None = None      # latents only: Hub id or folder of their autoencoder; None: where it was when they were made
     comet: Literal["auto", "offline", "off"] = "auto"   # log to comet.com; auto: online if a key is configured, else offline
@@ -55,6 +55,7 @@ class RunConfig:
         for field in ("steps", "global_batch_size", "log_every", "sample_every", "save_every", "keep", "num_workers"):
             require(self, field, getattr(self, field) >= 1, "at least 1")
         require(self, "eval_every", self.eval_every is None or self.eval_every >= 1, "at least 1, or None")
+        require(self, "classifier", self.classifier is None or self.eval_every is not None, "left out without --eval-every")
         require(self, "max_minutes", self.max_minutes is None or self.max_minutes > 0, "above 0, or None")
         require(self, "image_size", self.image_size is None or self.image_size >= 1, "at least 1, or None")
         require(self, "name", self.name is None or (self.name not in ("", ".", "..") and not set(self.name) & set("/\\")),
