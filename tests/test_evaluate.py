@@ -248,7 +248,7 @@ def test_samples_may_start_from_larger_noise(folder):
     (["--guidance-scale", "2"], ValueError, "has its guidance inside"),
     (["--guidance-interval", "0.2", "0.8"], ValueError, "--guidance-interval 0.2 0.8: a student has its guidance inside"),
     (["--method", "heun"], ValueError, "only a teacher's flow is solved"),
-    (["--classifier", "nowhere.safetensors"], FileNotFoundError, "train_classifier.py --data digits"),
+    (["--classifier", "nowhere.safetensors"], FileNotFoundError, "py --data digits --image-size 8 --out nowhere.safetensors$"),
     (["--data", "nowhere"], ValueError, "no such data set or path"),
     (["--num-images", "20"], ValueError, "--num-images 20: must be at least 33"),
     (["--teacher", "student-digits.safetensors"], ValueError, "--teacher student-digits.safetensors is a student; the distance is"),
@@ -368,6 +368,6 @@ def test_a_run_keeps_the_judge_that_it_began_with(folder, tmp_path, monkeypatch)
 
 
 def test_training_without_its_judge_stops_before_it_starts(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="train_classifier.py --data digits"):
+    with pytest.raises(FileNotFoundError, match="train_classifier.py --data digits --image-size 8$"):
         train_teacher_mnist.main(["--data", "digits", "--results-dir", str(tmp_path), "--eval-every", "5", "--device", "cpu"])
     assert not list(tmp_path.iterdir())

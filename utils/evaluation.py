@@ -80,8 +80,8 @@ def classifier_judge(file: str | None, network_class: Callable[..., nn.Module], 
     """
     path = classifier_file(file, images.name)
     if not path.is_file():
-        advice = (f"make one with python train_classifier.py --data {images.name} --image-size {images.shape[-1]} and name it with "
-                  "--classifier" if len(images.classes) > 1 else
+        advice = (f"make it with python train_classifier.py --data {images.name} --image-size {images.shape[-1]}"
+                  + (f" --out {file}" if file else "") if len(images.classes) > 1 else
                   "there can be none without classes: run evaluate.py with --features inception, and train without --eval-every")
         raise FileNotFoundError(f"no classifier {path}; {advice}")
     network, metadata = load_network(path, network_class, ranks.device)
