@@ -8,6 +8,7 @@
 """
 
 import math
+import re
 from collections.abc import Sequence
 from numbers import Integral, Number, Real
 from pathlib import Path
@@ -64,7 +65,7 @@ class SplitMeanFlowPipeline:
         if path.exists() and not (path / "model.safetensors").is_file():
             network, metadata = load_network(path, build_network)
             return cls(network, {key: value for key, value in metadata.items() if key != "architecture"}, autoencoder)
-        if not path.exists() and (len(path.parts) != 2 or path.suffix == ".safetensors"):
+        if not path.exists() and (not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)) or path.suffix == ".safetensors"):
             raise FileNotFoundError(f"no model at {source}; a Hub id has the form user/name")
         network, config = from_pretrained(source, **hub_arguments)
         if "kind" not in config:

@@ -155,7 +155,7 @@ def test_pipeline_refuses(folder, arguments, message):
 
 
 def test_no_such_model(tmp_path):
-    for source in (tmp_path / "nothing", "checkpoints/nothing.safetensors"):
+    for source in (tmp_path / "nothing", "checkpoints/nothing.safetensors", "/nothing", "../nothing", "./runs/nothing", "~/nothing"):
         with pytest.raises(FileNotFoundError, match="no model at"):
             SplitMeanFlowPipeline.from_pretrained(source)
 
