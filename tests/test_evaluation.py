@@ -80,7 +80,7 @@ def test_own_images_called_like_a_named_set_have_a_judge_of_their_own(mnist, mon
         for i in range(15):
             pixels = torch.randint(0, 256, (28, 28), dtype=torch.uint8, generator=draw)
             Image.fromarray(pixels.numpy()).save(own / str(digit) / f"{i}.png")
-    with pytest.raises(FileNotFoundError, match=f"classifier-own-mnist.*train_classifier.py --data {own} --image-size 28 and name it"):
+    with pytest.raises(FileNotFoundError, match=f"classifier-own-mnist.*train_classifier.py --data {own} --image-size 28$"):
         measure(mnist, "--data", str(own), "--held-out", str(own))
     monkeypatch.setattr(evaluation, "RELEASED", mnist / "judges")
     train_classifier.main(["--data", str(own), "--image-size", "28", "--epochs", "0.1", "--width", "2", "--min-accuracy", "0",
