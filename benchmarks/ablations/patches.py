@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
 import evaluate
-from benchmarks.ablations import network_patches, speed_patches, student_patches
+from benchmarks.ablations import network_patches, noise_patches, speed_patches, student_patches
 from benchmarks.ablations.changes import STUDENTS, TEACHERS, change
 from models import dit
 from utils import run_log
@@ -31,6 +31,7 @@ PATCHES: dict[str, Callable[[], None]] = {
     "depth-1.5": lambda: network_patches.depth(1.5),
     "parallel": lambda: change([dit], "Block", network_patches.ParallelBlock),
     "long-skips": network_patches.long_skips,
+    "noise-direction": noise_patches.noise_direction,
     "ema-short": lambda: network_patches.ema_ramp(24),
     "ema-long": lambda: network_patches.ema_ramp(4),
     "mixed-leg": student_patches.mixed_leg,
