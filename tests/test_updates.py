@@ -114,9 +114,9 @@ def taught(request, tmp_path):
 @pytest.mark.parametrize(("rate", "num_noises"), [(0, 1), (0.5, 3)])
 def test_a_teachers_updates(rate, num_noises, taught, shown, tmp_path):
     """From fresh weights, and from another's with augmentation and a choice of noises."""
-    flags = ["--start-from", str(taught[1]), "--augment", str(rate), "--noise-candidates", str(num_noises)] if rate else []
+    flags = ["--start-from", str(taught[1]), "--augment", str(rate)] if rate else []
     train_teacher_mnist.main([*TEACHER, *UPDATES, "--label-dropout", "0.5", "--t-law", "logit-normal(-1, 0.5)", *flags,
-                              "--results-dir", str(tmp_path)])
+                              "--noise-candidates", str(num_noises), "--results-dir", str(tmp_path)])
     cfg = config(tmp_path / "teacher-digits")
     torch.manual_seed(fold(3, "weights"))
     network = DiT("DiT-Test/4", 8, 1, 10, augment_dim=AUGMENT_DIM if rate else 0)
