@@ -8,7 +8,7 @@ from saved import save
 
 import train_student_mnist
 import train_teacher_mnist
-from benchmarks.ablations import network_patches, patches, speed_patches, student_patches
+from benchmarks.ablations import changes
 
 torch.set_num_threads(1)          # the networks are tiny: threads would only wait for each other
 
@@ -36,12 +36,7 @@ def results(tmp_path_factory):
 @pytest.fixture
 def undo(monkeypatch):
     """Patches of the ablations last as long as the test."""
-    def change(modules, name, new):
-        for module in modules:
-            monkeypatch.setattr(module, name, new)
-
-    for module in (patches, network_patches, speed_patches, student_patches):
-        monkeypatch.setattr(module, "change", change)
+    monkeypatch.setattr(changes, "setattr", monkeypatch.setattr, raising=False)
 
 
 @pytest.fixture
