@@ -6,9 +6,12 @@ from photos import make_photo_latents
 from runs import COMMON, TEACHER
 from saved import save
 
+import train_classifier
 import train_student_mnist
 import train_teacher_mnist
 from benchmarks.ablations import changes
+from models import DiT, student_from_teacher
+from utils.checkpoints import write_weights
 
 torch.set_num_threads(1)          # the networks are tiny: threads would only wait for each other
 
@@ -30,6 +33,24 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
     train_teacher_mnist.main([*TEACHER, "--results-dir", str(folder)])
     train_student_mnist.main([*COMMON, "--results-dir", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory) -> Path:
+    """A judge of the digits, and a small untrained teacher and student."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    train_classifier.main(["--data", "digits", "--out", str(folder / "judge.safetensors"), "--epochs", "12", "--width", "8",
+                           "--min-accuracy", "0.9", "--device", "cpu"])
+    torch.manual_seed(0)
+    teacher = DiT("DiT-Test/4", 8, 1, 10)
+    for weight in (teacher.final.out.weight, teacher.final.modulation.up.weight):           # or it would be zero, whatever the label
+        torch.nn.init.normal_(weight, std=0.02)
+    config = {"data": "digits", "guidance_scale": 1.5, "guidance_interval": [0.0, 1.0], "global_batch_size": 8, "seed": 0}
+    classes = [str(digit) for digit in range(10)]
+    for kind, network in (("teacher", teacher), ("student", student_from_teacher(teacher))):
+        write_weights(folder / f"{kind}-digits.safetensors", network.state_dict(),
+                      dict(kind=kind, architecture=network.architecture, classes=classes, config=config, step=1))
     return folder
 
 

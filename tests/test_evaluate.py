@@ -6,49 +6,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import TEACHER
 
 import evaluate
 import release
-import train_classifier
-import train_student_mnist
-import train_teacher_mnist
 from benchmarks import perfect_student, sensitivity
 from evaluate import free_folder
-from models import Classifier, DiT, student_from_teacher
+from models import Classifier, DiT
 from utils import distributed
 from utils.checkpoints import read_weights, write_weights
 from utils.data import load_images
 from utils.evaluation import classifier_judge
 from utils.flow import nearest_noise
-from utils.run_log import Run
 from utils.seeding import generator
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A judge of the digits, and a small untrained teacher and student."""
-    folder = tmp_path_factory.mktemp("evaluate")
-    train_classifier.main(["--data", "digits", "--out", str(folder / "judge.safetensors"), "--epochs", "12", "--width", "8",
-                           "--min-accuracy", "0.9", "--device", "cpu"])
-    torch.manual_seed(0)
-    teacher = DiT("DiT-Test/4", 8, 1, 10)
-    for weight in (teacher.final.out.weight, teacher.final.modulation.up.weight):           # or it would be zero, whatever the label
-        torch.nn.init.normal_(weight, std=0.02)
-    config = {"data": "digits", "guidance_scale": 1.5, "guidance_interval": [0.0, 1.0], "global_batch_size": 8, "seed": 0}
-    classes = [str(digit) for digit in range(10)]
-    for kind, network in (("teacher", teacher), ("student", student_from_teacher(teacher))):
-        write_weights(folder / f"{kind}-digits.safetensors", network.state_dict(),
-                      dict(kind=kind, architecture=network.architecture, classes=classes, config=config, step=1))
-    return folder
-
-
-def run(folder, checkpoint, *flags):
-    (folder / "out" / "metrics.json").unlink(missing_ok=True)               # or it would not be overwritten
-    judge = [] if "inception" in flags else ["--classifier", str(folder / "judge.safetensors")]
-    evaluate.main([str(folder / checkpoint), *judge, "--num-images", "300", "--seeds", "1", "--out", str(folder / "out"),
-                   "--cache", str(folder / "cache"), "--device", "cpu", *flags])
-    result = json.loads((folder / "out" / "metrics.json").read_text())
+def run(digits, checkpoint, *flags):
+    (digits / "out" / "metrics.json").unlink(missing_ok=True)               # or it would not be overwritten
+    judge = [] if "inception" in flags else ["--classifier", str(digits / "judge.safetensors")]
+    evaluate.main([str(digits / checkpoint), *judge, "--num-images", "300", "--seeds", "1", "--out", str(digits / "out"),
+                   "--cache", str(digits / "cache"), "--device", "cpu", *flags])
+    result = json.loads((digits / "out" / "metrics.json").read_text())
     suffix = f" [{result['protocol']['features']}, n=300]"                  # part of every metric's name
     for part in (result["floor"], *result["rows"]):
         for key in [key for key in part if key not in ("name", "evaluations")]:
@@ -56,8 +33,8 @@ def run(folder, checkpoint, *flags):
     return result
 
 
-def test_student(folder, capsys):
-    result = run(folder, "student-digits.safetensors", "--num-steps", "1", "2", "--seeds", "2")
+def test_student(digits, capsys):
+    result = run(digits, "student-digits.safetensors", "--num-steps", "1", "2", "--seeds", "2")
     assert [(row["name"], row["evaluations"]) for row in result["rows"]] == [("1 step", 1), ("2 steps", 2)]
     assert result["floor"]["class_accuracy"] > 0.9 and result["floor"]["precision"] > 0.6
     first = result["rows"][0]
@@ -66,23 +43,23 @@ def test_student(folder, capsys):
     assert first["teacher_distance"]["mean"] > 0                            # the teacher beside it was found
     assert result["protocol"]["features"].startswith("judge-") and result["protocol"]["floor"] == "179 held-out images"
     for name in ("table.md", "plot.png", "neighbours.png", "residual.png"):
-        assert (folder / "out" / name).stat().st_size > 100
+        assert (digits / "out" / name).stat().st_size > 100
     assert "| real held-out images: the floor |" in capsys.readouterr().out
 
-    release.main([str(folder / "student-digits.safetensors"), str(folder / "hub"), "--evaluation", str(folder / "out")])
-    assert "| 2 steps | 2 |" in (folder / "hub" / "README.md").read_text()
+    release.main([str(digits / "student-digits.safetensors"), str(digits / "hub"), "--evaluation", str(digits / "out")])
+    assert "| 2 steps | 2 |" in (digits / "hub" / "README.md").read_text()
     with pytest.raises(ValueError, match="is of the weights EMA [0-9a-f]{8}, not of these, EMA"):
-        release.main([str(folder / "teacher-digits.safetensors"), str(folder / "other"), "--evaluation", str(folder / "out")])
+        release.main([str(digits / "teacher-digits.safetensors"), str(digits / "other"), "--evaluation", str(digits / "out")])
 
-    weights, metadata = read_weights(folder / "student-digits.safetensors")         # those being trained are not called EMA
-    write_weights(folder / "raw.safetensors", weights, metadata | {"weights": "raw"})
-    raw = run(folder, "raw.safetensors", "--num-steps", "1")["protocol"]["weights"]
+    weights, metadata = read_weights(digits / "student-digits.safetensors")         # those being trained are not called EMA
+    write_weights(digits / "raw.safetensors", weights, metadata | {"weights": "raw"})
+    raw = run(digits, "raw.safetensors", "--num-steps", "1")["protocol"]["weights"]
     assert raw == result["protocol"]["weights"].replace("EMA", "raw") != result["protocol"]["weights"]
-    release.main([str(folder / "raw.safetensors"), str(folder / "raw"), "--evaluation", str(folder / "out")])
-    assert f"weights {raw}" in (folder / "raw" / "README.md").read_text()
+    release.main([str(digits / "raw.safetensors"), str(digits / "raw"), "--evaluation", str(digits / "out")])
+    assert f"weights {raw}" in (digits / "raw" / "README.md").read_text()
 
 
-def test_the_residual_is_of_pairs_of_image_and_noise_as_in_training(folder, monkeypatch):
+def test_the_residual_is_of_pairs_of_image_and_noise_as_in_training(digits, monkeypatch):
     pairs = []
 
     def residual_map(u, z_at, y):
@@ -90,59 +67,59 @@ def test_the_residual_is_of_pairs_of_image_and_noise_as_in_training(folder, monk
         return torch.ones(8, 8)
 
     monkeypatch.setattr(evaluate, "residual_map", residual_map)
-    weights, metadata = read_weights(folder / "student-digits.safetensors")
+    weights, metadata = read_weights(digits / "student-digits.safetensors")
     noise = generator("cpu", 0, "map")
     noises = [torch.randn(32, 1, 8, 8, generator=noise) for _ in range(4)]
     for num_noises in (1, 4):
         config = {**metadata["config"], "noise_candidates": num_noises}
-        write_weights(folder / "student-near.safetensors", weights, {**metadata, "config": config})
-        run(folder, "student-near.safetensors", "--num-steps", "1")
+        write_weights(digits / "student-near.safetensors", weights, {**metadata, "config": config})
+        run(digits, "student-near.safetensors", "--num-steps", "1")
         x, eps = pairs[-1]
         assert torch.equal(eps, nearest_noise(x, noises[:num_noises]))
     assert not torch.equal(eps, noises[0])
 
 
-def test_a_teacher_is_checked_before_work_starts(folder, capsys):
+def test_a_teacher_is_checked_before_work_starts(digits, capsys):
     """One of another size is refused; another one of its size is told of; a teacher's checkpoint has none."""
     for name, network in (("larger", DiT("DiT-Test/4", 16, 1, 10)), ("other", DiT("DiT-Test/4", 8, 1, 10))):
-        write_weights(folder / f"{name}.safetensors", network.state_dict(),
+        write_weights(digits / f"{name}.safetensors", network.state_dict(),
                       dict(kind="teacher", architecture=network.architecture, classes=[], config={}, step=1))
-    weights, metadata = read_weights(folder / "student-digits.safetensors")
-    write_weights(folder / "student-knows.safetensors", weights, {**metadata, "teacher": "01234567"})
+    weights, metadata = read_weights(digits / "student-digits.safetensors")
+    write_weights(digits / "student-knows.safetensors", weights, {**metadata, "teacher": "01234567"})
     for checkpoint, teacher, message in (("student-digits", "larger", "has image_size 16, the student 8"),
                                          ("teacher-digits", "other", "only a student has one")):
         with pytest.raises(ValueError, match=message):
-            run(folder, f"{checkpoint}.safetensors", "--teacher", str(folder / f"{teacher}.safetensors"))
-    (folder / "larger.safetensors").rename(folder / "teacher-knows.safetensors")         # found by its name, and left out
-    found = run(folder, "student-knows.safetensors", "--num-steps", "1")
+            run(digits, f"{checkpoint}.safetensors", "--teacher", str(digits / f"{teacher}.safetensors"))
+    (digits / "larger.safetensors").rename(digits / "teacher-knows.safetensors")         # found by its name, and left out
+    found = run(digits, "student-knows.safetensors", "--num-steps", "1")
     assert "teacher_distance" not in found["rows"][0] and "has image_size 16, the student 8: no distance" in capsys.readouterr().out
-    (folder / "other.safetensors").replace(folder / "teacher-knows.safetensors")         # likewise
-    found = run(folder, "student-knows.safetensors", "--num-steps", "1")
+    (digits / "other.safetensors").replace(digits / "teacher-knows.safetensors")         # likewise
+    found = run(digits, "student-knows.safetensors", "--num-steps", "1")
     assert "teacher_distance" not in found["rows"][0] and "learnt from 01234567: no distance" in capsys.readouterr().out
-    given = run(folder, "student-knows.safetensors", "--num-steps", "1", "--teacher", str(folder / "teacher-knows.safetensors"))
+    given = run(digits, "student-knows.safetensors", "--num-steps", "1", "--teacher", str(digits / "teacher-knows.safetensors"))
     assert "teacher_distance" in given["rows"][0] and "the student learnt from 01234567\n" in capsys.readouterr().out
 
 
-def test_a_judge_that_may_know_the_held_out_images(folder, capsys):
-    run(folder, "student-digits.safetensors", "--num-steps", "1")
+def test_a_judge_that_may_know_the_held_out_images(digits, capsys):
+    run(digits, "student-digits.safetensors", "--num-steps", "1")
     assert "held out" not in capsys.readouterr().out
-    weights, metadata = read_weights(folder / "judge.safetensors")
+    weights, metadata = read_weights(digits / "judge.safetensors")
     for name, told in (("other", {"held_out": "01234567"}), ("older", {})):
-        write_weights(folder / f"{name}.safetensors", weights, {key: value for key, value in metadata.items() if key != "held_out"} | told)
-        run(folder, "student-digits.safetensors", "--num-steps", "1", "--classifier", str(folder / f"{name}.safetensors"))
+        write_weights(digits / f"{name}.safetensors", weights, {key: value for key, value in metadata.items() if key != "held_out"} | told)
+        run(digits, "student-digits.safetensors", "--num-steps", "1", "--classifier", str(digits / f"{name}.safetensors"))
         assert f"note: {name}-" in (text := capsys.readouterr().out) and "was trained with other images held out" in text
 
 
-def test_an_evaluation_by_other_flags_is_not_overwritten(folder):
-    run(folder, "student-digits.safetensors", "--num-steps", "1")
-    before = (folder / "out/metrics.json").read_bytes()
+def test_an_evaluation_by_other_flags_is_not_overwritten(digits):
+    run(digits, "student-digits.safetensors", "--num-steps", "1")
+    before = (digits / "out/metrics.json").read_bytes()
     with pytest.raises(ValueError, match="--out .*out holds an evaluation by other flags or of other weights, which stays"):
-        evaluate.main([str(folder / "student-digits.safetensors"), "--out", str(folder / "out"), "--device", "cpu"])
-    assert (folder / "out/metrics.json").read_bytes() == before
+        evaluate.main([str(digits / "student-digits.safetensors"), "--out", str(digits / "out"), "--device", "cpu"])
+    assert (digits / "out/metrics.json").read_bytes() == before
 
 
-def test_a_cpu_computes_in_float32_whatever_is_asked(folder):
-    assert run(folder, "student-digits.safetensors", "--num-steps", "1", "--bfloat16", "True")["protocol"]["arithmetic"] == "float32"
+def test_a_cpu_computes_in_float32_whatever_is_asked(digits):
+    assert run(digits, "student-digits.safetensors", "--num-steps", "1", "--bfloat16", "True")["protocol"]["arithmetic"] == "float32"
 
 
 def test_the_protocol_says_in_what_is_computed():
@@ -154,71 +131,71 @@ def test_the_protocol_says_in_what_is_computed():
         torch.set_float32_matmul_precision("highest")
 
 
-def test_an_error_while_comparing_ends_it(folder, monkeypatch):
+def test_an_error_while_comparing_ends_it(digits, monkeypatch):
     """Comparisons run in the background: what fails there must not pass for a result."""
     def fail(judge, samples, labels, reference):
         raise ValueError("features are not all finite")
 
     monkeypatch.setattr(evaluate, "compare", fail)
     with pytest.raises(ValueError, match="not all finite"):
-        run(folder, "student-digits.safetensors", "--num-steps", "1")
-    assert not (folder / "out" / "metrics.json").exists()
+        run(digits, "student-digits.safetensors", "--num-steps", "1")
+    assert not (digits / "out" / "metrics.json").exists()
 
 
-def test_too_few_images_are_told_before_work_starts(folder, monkeypatch):
+def test_too_few_images_are_told_before_work_starts(digits, monkeypatch):
     part = replace(images := load_images("digits"), pixels=images.pixels[:20], labels=images.labels[:20])
     monkeypatch.delattr(evaluate, "reference_features")
     for what, split in (("training", (part, images)), ("held-out", (images, part))):
         monkeypatch.setattr(evaluate, "load_held_out", lambda *_, split=split: split)
         with pytest.raises(ValueError, match=f"{what} images: 20 images are too few; these metrics need at least 33"):
-            run(folder, "student-digits.safetensors")
+            run(digits, "student-digits.safetensors")
 
 
-def test_a_full_disk_leaves_no_torn_numbers(folder, monkeypatch):       # the next evaluation could not read them
+def test_a_full_disk_leaves_no_torn_numbers(digits, monkeypatch):       # the next evaluation could not read them
     def full(path, text):
         path.write_bytes(text[:9].encode())
         raise OSError("No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match="No space left"):
-        run(folder, "student-digits.safetensors", "--num-steps", "1")
-    assert not (folder / "out" / "metrics.json").exists()
+        run(digits, "student-digits.safetensors", "--num-steps", "1")
+    assert not (digits / "out" / "metrics.json").exists()
 
 
-def test_teacher_rows_count_guided_evaluations_twice(folder):
-    result = run(folder, "teacher-digits.safetensors", "--num-steps", "3", "--guidance-scale", "1", "2")
+def test_teacher_rows_count_guided_evaluations_twice(digits):
+    result = run(digits, "teacher-digits.safetensors", "--num-steps", "3", "--guidance-scale", "1", "2")
     assert [row["evaluations"] for row in result["rows"]] == [3, 6]
     assert "teacher_distance" not in result["rows"][0]
-    late = run(folder, "teacher-digits.safetensors", "--num-steps", "3", "--guidance-scale", "1", "2", "--guidance-interval", "0.5", "1")
+    late = run(digits, "teacher-digits.safetensors", "--num-steps", "3", "--guidance-scale", "1", "2", "--guidance-interval", "0.5", "1")
     assert [row["name"] for row in late["rows"]] == ["3 Euler steps, guidance 1.0", "3 Euler steps, guidance 2.0 at 0.5 to 1"]
     assert late["rows"][0] == result["rows"][0]             # what is not guided knows no interval
     assert late["rows"][1]["frechet_distance"] != result["rows"][1]["frechet_distance"]
     with pytest.raises(ValueError, match="--guidance-interval 0.5 1: nothing is guided without a --guidance-scale other than 1"):
-        run(folder, "teacher-digits.safetensors", "--guidance-scale", "1", "--guidance-interval", "0.5", "1")
-    heun = run(folder, "teacher-digits.safetensors", "--num-steps", "3", "--method", "heun", "--guidance-scale", "1", "2")
+        run(digits, "teacher-digits.safetensors", "--guidance-scale", "1", "--guidance-interval", "0.5", "1")
+    heun = run(digits, "teacher-digits.safetensors", "--num-steps", "3", "--method", "heun", "--guidance-scale", "1", "2")
     assert [row["name"] for row in heun["rows"]] == ["3 Heun steps, guidance 1.0", "3 Heun steps, guidance 2.0"]
     assert [row["evaluations"] for row in heun["rows"]] == [5, 10]
     assert heun["rows"][0]["frechet_distance"] != result["rows"][0]["frechet_distance"]
 
 
-def test_a_perfect_student_is_its_teacher_in_a_few_steps(folder):
-    flags = ["--classifier", str(folder / "judge.safetensors"), "--num-images", "300", "--seeds", "1", "--cache", str(folder / "cache"),
+def test_a_perfect_student_is_its_teacher_in_a_few_steps(digits):
+    flags = ["--classifier", str(digits / "judge.safetensors"), "--num-images", "300", "--seeds", "1", "--cache", str(digits / "cache"),
              "--device", "cpu", "--guidance-scale", "2", "--guidance-interval", "0.5", "1"]
-    teacher, rows = str(folder / "teacher-digits.safetensors"), []
+    teacher, rows = str(digits / "teacher-digits.safetensors"), []
     for i, legs in enumerate((["midpoint", "self"], ["euler", "self"], ["self", "midpoint"])):
-        out = folder / f"perfect{i}"
+        out = digits / f"perfect{i}"
         perfect_student.main([teacher, "--share", "1", "0.5", "--first-leg", legs[0], "--last-leg", legs[1], "--out", str(out), *flags])
         rows += json.loads((out / "metrics.json").read_text())["rows"]
     assert [row["evaluations"] for row in rows] == [4, 28, 2, 14, 4, 28]        # 1 and 7 steps, 2 evaluations of a midpoint, guided
     with pytest.raises(ValueError, match="is of samples of a perfect-student, not of what this network makes"):
-        release.main([teacher, str(folder / "no"), "--evaluation", str(out)])
+        release.main([teacher, str(digits / "no"), "--evaluation", str(out)])
     assert rows[5]["name"] == "last leg midpoint, share 0.5, guidance 2 at 0.5 to 1"
     distances = [next(value["mean"] for key, value in row.items() if key.startswith("frechet_distance")) for row in rows]
     assert distances[0] == distances[4]                                         # one step from end to end, whichever leg it is called
     assert len(set(distances)) == 5                                             # otherwise they are not one solver, if barely trained
 
 
-def test_a_perfect_student_refuses(folder):
+def test_a_perfect_student_refuses(digits):
     for fields, message in ((dict(num_steps=(4,)), "--num-steps 4: must be left out: --share decides"),
                             (dict(method="heun"), "--method heun: must be left out"),
                             (dict(share=(0.5, 0.0)), r"--share 0.5 0.0: must be in \(0, 1\]"),
@@ -227,16 +204,16 @@ def test_a_perfect_student_refuses(folder):
         with pytest.raises(ValueError, match=message):
             perfect_student.Config("x", **fields)
     with pytest.raises(ValueError, match=r"student-digits.safetensors is a student; a teacher's flow is solved here"):
-        perfect_student.main([str(folder / "student-digits.safetensors"), "--device", "cpu"])
+        perfect_student.main([str(digits / "student-digits.safetensors"), "--device", "cpu"])
 
 
-def test_same_seeds_give_the_same_numbers(folder):
-    first, second = (run(folder, "student-digits.safetensors", "--num-steps", "1", "--batch-size", "100", "--seeds", "2") for _ in range(2))
+def test_same_seeds_give_the_same_numbers(digits):
+    first, second = (run(digits, "student-digits.safetensors", "--num-steps", "1", "--batch-size", "100", "--seeds", "2") for _ in range(2))
     assert first["rows"] == second["rows"]
 
 
-def test_samples_may_start_from_larger_noise(folder):
-    plain, larger = (run(folder, "student-digits.safetensors", "--num-steps", "1", "--seeds", "1", "--noise-scale", scale)
+def test_samples_may_start_from_larger_noise(digits):
+    plain, larger = (run(digits, "student-digits.safetensors", "--num-steps", "1", "--seeds", "1", "--noise-scale", scale)
                      for scale in ("1", "1.5"))
     assert (plain["protocol"].get("noise_scale"), larger["protocol"]["noise_scale"]) == (None, 1.5)
     (one,), (other,) = plain["rows"], larger["rows"]
@@ -255,23 +232,17 @@ def test_samples_may_start_from_larger_noise(folder):
     (["--features", "inception", "--inception-weights", "nowhere.pth"], ValueError, "nowhere.pth: no such file"),
     (["--features", "inception", "--inception-weights", __file__], ValueError, "has SHA-256"),
 ])
-def test_errors(folder, flags, error, message, monkeypatch):
-    monkeypatch.chdir(folder)
+def test_errors(digits, flags, error, message, monkeypatch):
+    monkeypatch.chdir(digits)
     with pytest.raises(error, match=message):
-        run(folder, "student-digits.safetensors", *flags)
+        run(digits, "student-digits.safetensors", *flags)
 
 
-def test_a_judge_of_other_classes_gives_inception_scores(folder, monkeypatch):
-    own = classifier_judge(str(folder / "judge.safetensors"), Classifier, load_images("digits"), distributed.start("cpu"))
+def test_a_judge_of_other_classes_gives_inception_scores(digits, monkeypatch):
+    own = classifier_judge(str(digits / "judge.safetensors"), Classifier, load_images("digits"), distributed.start("cpu"))
     monkeypatch.setattr(evaluate, "inception_judge", lambda weights, ranks: replace(own, name="inception-x", knows_classes=False))
-    row, = run(folder, "student-digits.safetensors", "--num-steps", "1", "--features", "inception")["rows"]
+    row, = run(digits, "student-digits.safetensors", "--num-steps", "1", "--features", "inception")["rows"]
     assert 1 <= row["inception_score"]["mean"] <= 10 and "class_accuracy" not in row
-
-
-def test_judge_of_other_images_is_refused(folder):
-    images = load_images("digits")
-    with pytest.raises(ValueError, match="judges 1 channels, size 8"):
-        classifier_judge(str(folder / "judge.safetensors"), Classifier, replace(images, classes=["a", "b"]), distributed.start("cpu"))
 
 
 def test_an_evaluation_by_other_flags_or_of_other_weights_has_its_own_folder(tmp_path):
@@ -282,11 +253,11 @@ def test_an_evaluation_by_other_flags_or_of_other_weights_has_its_own_folder(tmp
         (found / "metrics.json").write_text(json.dumps({"config": {"seeds": seeds}, "protocol": {"weights": weights}}))
 
 
-def test_a_run_that_was_trained_on_is_evaluated_beside_its_earlier_evaluation(folder, tmp_path, monkeypatch):
+def test_a_run_that_was_trained_on_is_evaluated_beside_its_earlier_evaluation(digits, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    weights, metadata = read_weights(folder / "student-digits.safetensors")
-    flags = ["--num-steps", "1", "--num-images", "300", "--seeds", "1", "--classifier", str(folder / "judge.safetensors"),
-             "--cache", str(folder / "cache"), "--device", "cpu"]
+    weights, metadata = read_weights(digits / "student-digits.safetensors")
+    flags = ["--num-steps", "1", "--num-images", "300", "--seeds", "1", "--classifier", str(digits / "judge.safetensors"),
+             "--cache", str(digits / "cache"), "--device", "cpu"]
     write_weights(tmp_path / "s.safetensors", weights, metadata)
     for out in ([], ["--out", "mine"]):
         evaluate.main(["s.safetensors", *flags, *out])
@@ -298,23 +269,10 @@ def test_a_run_that_was_trained_on_is_evaluated_beside_its_earlier_evaluation(fo
     assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["evaluation-s", "evaluation-s-2"]
 
 
-def test_judge_is_never_overwritten(folder):
-    before = (folder / "judge.safetensors").read_bytes()
-    with pytest.raises(ValueError, match="a judge is frozen"):
-        train_classifier.main(["--data", "digits", "--out", str(folder / "judge.safetensors")])
-    assert (folder / "judge.safetensors").read_bytes() == before
-
-
-def test_judge_says_what_it_is(folder):
-    _, metadata = read_weights(folder / "judge.safetensors")
-    assert metadata["kind"] == "classifier" and metadata["accuracy"] > 0.9 and metadata["image_size"] == 8
-    assert "out" not in metadata["config"] and "data_root" not in metadata["config"]
-
-
-def test_damage_is_seen_by_the_metric_that_should(folder, capsys):
-    sensitivity.main(["--data", "digits", "--classifier", str(folder / "judge.safetensors"), "--copies", "40", "--out", str(folder / "s"),
-                      "--cache", str(folder / "cache"), "--device", "cpu"])
-    lines = [line.split("|")[1:-1] for line in (folder / "s" / "table.md").read_text().splitlines() if line.startswith("|")]
+def test_damage_is_seen_by_the_metric_that_should(digits, capsys):
+    sensitivity.main(["--data", "digits", "--classifier", str(digits / "judge.safetensors"), "--copies", "40", "--out", str(digits / "s"),
+                      "--cache", str(digits / "cache"), "--device", "cpu"])
+    lines = [line.split("|")[1:-1] for line in (digits / "s" / "table.md").read_text().splitlines() if line.startswith("|")]
     columns = [cell.strip() for cell in lines[0]]
     real, blurred, noisy, dropped, repeated, copied = (
         {key: float(cell.split()[0]) for key, cell in zip(columns, line) if cell.strip() and key not in ("", "evaluations")}
@@ -325,49 +283,3 @@ def test_damage_is_seen_by_the_metric_that_should(folder, capsys):
     assert dropped["FD"] > 1.5 * real["FD"] and dropped["precision"] > 0.9 * real["precision"]
     assert repeated["recall"] < 0.5 * real["recall"] and repeated["precision"] > 0.9 * real["precision"]
     assert copied["near copies"] > 5 * real["near copies"] and copied["FD"] < 1.5 * real["FD"]
-
-
-def test_training_evaluates_on_its_way_and_keeps_the_best(folder, tmp_path):
-    """Evaluation changes nothing of the training, and a run that goes on does not repeat its lines."""
-    def train(name, *flags):
-        train_student_mnist.main([
-            "--data", "digits", "--teacher", str(folder / "teacher-digits.safetensors"), "--results-dir", str(tmp_path), "--name", name,
-            "--steps", "6", "--global-batch-size", "32", "--num-steps", "1", "2", "--log-every", "2", "--save-every", "2",
-            "--sample-every", "6", "--comet", "off", "--device", "cpu", *flags])
-        return read_weights(tmp_path / name / "checkpoints" / "step_00000006" / "raw.safetensors")[0]
-
-    judged = train("judged", "--eval-every", "3", "--classifier", str(folder / "judge.safetensors"))
-    plain = train("plain")
-    assert all(torch.equal(judged[name], plain[name]) for name in plain)
-    lines = [json.loads(line) for line in (tmp_path / "judged" / "evaluations.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [3, 6]
-    assert list(lines[0]) == ["step", "judge", "fd_1step", "accuracy_1step", "fd_2step", "accuracy_2step"]
-    _, metadata = read_weights(tmp_path / "judged" / "best.safetensors")
-    best = min(lines, key=lambda line: line["fd_1step"])
-    assert metadata["step"] == best["step"] and metadata["best"]["fd_1step"] == best["fd_1step"]
-    assert not (tmp_path / "plain" / "best.safetensors").exists()
-
-
-def test_a_run_keeps_the_judge_that_it_began_with(folder, tmp_path, monkeypatch):
-    """Numbers of two judges are not to be compared, and best.safetensors is the best by one."""
-    train_classifier.main(["--data", "digits", "--out", str(tmp_path / "second.safetensors"), "--epochs", "1", "--width", "8",
-                           "--min-accuracy", "0", "--device", "cpu"])
-    command = [*TEACHER, "--results-dir", str(tmp_path), "--guidance-scale", "1", "--eval-every", "2", "--classifier"]
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "asked_to_stop", lambda self, step, stop: step == 2)
-        train_teacher_mnist.main([*command, str(folder / "judge.safetensors")])
-    with pytest.raises(ValueError, match=r"evaluations.jsonl is judge-\w{8}, this command's is second-\w{8}; .*--classifier"):
-        train_teacher_mnist.main([*command, str(tmp_path / "second.safetensors")])
-    file = tmp_path / "teacher-digits/evaluations.jsonl"
-    row = json.loads(file.read_text())
-    del row["judge"]
-    file.write_text(json.dumps(row) + '\n{"step": 4, "jud')     # of before, and torn
-    train_teacher_mnist.main([*command, str(tmp_path / "second.safetensors")])
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert rows[0] == row and [row["step"] for row in rows] == [2, 4, 6] and {row["judge"][:7] for row in rows[1:]} == {"second-"}
-
-
-def test_training_without_its_judge_stops_before_it_starts(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="train_classifier.py --data digits --image-size 8$"):
-        train_teacher_mnist.main(["--data", "digits", "--results-dir", str(tmp_path), "--eval-every", "5", "--device", "cpu"])
-    assert not list(tmp_path.iterdir())

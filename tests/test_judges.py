@@ -1,14 +1,23 @@
-"""The networks that images are judged by: the classifier, its training, and Inception."""
+"""The networks that images are judged by: the classifier, its training, Inception; and runs that are judged on their way."""
+
+import json
+from dataclasses import replace
 
 import pytest
 import torch
-from runs import make_images
+from runs import TEACHER, make_images
 from torch_fidelity import feature_extractor_inceptionv3
 
 import evaluate
 import train_classifier
+import train_student_mnist
+import train_teacher_mnist
 from models import Classifier
 from utils import distributed
+from utils.checkpoints import read_weights
+from utils.data import load_images
+from utils.evaluation import classifier_judge
+from utils.run_log import Run
 
 
 def test_inception_sees_gray_images_as_colour_ones(monkeypatch):
@@ -74,3 +83,68 @@ def test_shifts_are_each_image_s_own():
     padded = torch.nn.functional.pad(x, (2,) * 4, mode="reflect")
     found = [[(i, j) for i in range(5) for j in range(5) if torch.equal(padded[k, :, i : i + 9, j : j + 9], moved[k])] for k in range(64)]
     assert all(len(places) == 1 for places in found) and len({places[0] for places in found}) > 15
+
+
+def test_judge_of_other_images_is_refused(digits):
+    images = load_images("digits")
+    with pytest.raises(ValueError, match="judges 1 channels, size 8"):
+        classifier_judge(str(digits / "judge.safetensors"), Classifier, replace(images, classes=["a", "b"]), distributed.start("cpu"))
+
+
+def test_judge_is_never_overwritten(digits):
+    before = (digits / "judge.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="a judge is frozen"):
+        train_classifier.main(["--data", "digits", "--out", str(digits / "judge.safetensors")])
+    assert (digits / "judge.safetensors").read_bytes() == before
+
+
+def test_judge_says_what_it_is(digits):
+    _, metadata = read_weights(digits / "judge.safetensors")
+    assert metadata["kind"] == "classifier" and metadata["accuracy"] > 0.9 and metadata["image_size"] == 8
+    assert "out" not in metadata["config"] and "data_root" not in metadata["config"]
+
+
+def test_training_evaluates_on_its_way_and_keeps_the_best(digits, tmp_path):
+    """Evaluation changes nothing of the training, and a run that goes on does not repeat its lines."""
+    def train(name, *flags):
+        train_student_mnist.main([
+            "--data", "digits", "--teacher", str(digits / "teacher-digits.safetensors"), "--results-dir", str(tmp_path), "--name", name,
+            "--steps", "6", "--global-batch-size", "32", "--num-steps", "1", "2", "--log-every", "2", "--save-every", "2",
+            "--sample-every", "6", "--comet", "off", "--device", "cpu", *flags])
+        return read_weights(tmp_path / name / "checkpoints" / "step_00000006" / "raw.safetensors")[0]
+
+    judged = train("judged", "--eval-every", "3", "--classifier", str(digits / "judge.safetensors"))
+    plain = train("plain")
+    assert all(torch.equal(judged[name], plain[name]) for name in plain)
+    lines = [json.loads(line) for line in (tmp_path / "judged" / "evaluations.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6]
+    assert list(lines[0]) == ["step", "judge", "fd_1step", "accuracy_1step", "fd_2step", "accuracy_2step"]
+    _, metadata = read_weights(tmp_path / "judged" / "best.safetensors")
+    best = min(lines, key=lambda line: line["fd_1step"])
+    assert metadata["step"] == best["step"] and metadata["best"]["fd_1step"] == best["fd_1step"]
+    assert not (tmp_path / "plain" / "best.safetensors").exists()
+
+
+def test_a_run_keeps_the_judge_that_it_began_with(digits, tmp_path, monkeypatch):
+    """Numbers of two judges are not to be compared, and best.safetensors is the best by one."""
+    train_classifier.main(["--data", "digits", "--out", str(tmp_path / "second.safetensors"), "--epochs", "1", "--width", "8",
+                           "--min-accuracy", "0", "--device", "cpu"])
+    command = [*TEACHER, "--results-dir", str(tmp_path), "--guidance-scale", "1", "--eval-every", "2", "--classifier"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "asked_to_stop", lambda self, step, stop: step == 2)
+        train_teacher_mnist.main([*command, str(digits / "judge.safetensors")])
+    with pytest.raises(ValueError, match=r"evaluations.jsonl is judge-\w{8}, this command's is second-\w{8}; .*--classifier"):
+        train_teacher_mnist.main([*command, str(tmp_path / "second.safetensors")])
+    file = tmp_path / "teacher-digits/evaluations.jsonl"
+    row = json.loads(file.read_text())
+    del row["judge"]
+    file.write_text(json.dumps(row) + '\n{"step": 4, "jud')     # of before, and torn
+    train_teacher_mnist.main([*command, str(tmp_path / "second.safetensors")])
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert rows[0] == row and [row["step"] for row in rows] == [2, 4, 6] and {row["judge"][:7] for row in rows[1:]} == {"second-"}
+
+
+def test_training_without_its_judge_stops_before_it_starts(digits, tmp_path):
+    with pytest.raises(FileNotFoundError, match="train_classifier.py --data digits --image-size 8$"):
+        train_teacher_mnist.main(["--data", "digits", "--results-dir", str(tmp_path), "--eval-every", "5", "--device", "cpu"])
+    assert not list(tmp_path.iterdir())
