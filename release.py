@@ -19,6 +19,7 @@ import tyro
 from torch import Tensor
 
 from models import build_network
+from utils.autoencoder import without_source
 from utils.checkpoints import load_network, read_weights, resolve_weights, save_model_folder, weights_id, write_weights
 from utils.config import check_writable, is_vacant, parse_config, place, public, require
 from utils.model_card import model_card
@@ -53,7 +54,7 @@ def mean_of(sources: Sequence[Path]) -> tuple[dict[str, Tensor], dict[str, Any]]
     def same(metadata: dict[str, Any]) -> dict[str, Any]:
         learned = ("guidance_scale", "guidance_interval") if metadata["kind"] == "student" else ()         # a teacher's is of grids
         return ({key: metadata.get(key) for key in ("kind", "architecture", "teacher", "classes")}
-                | {"autoencoder": (entry := metadata.get("autoencoder")) and {**entry, "source": None}}     # wherever it was read from
+                | {"autoencoder": without_source(metadata.get("autoencoder"))}
                 | {key: metadata["config"].get(key) for key in learned} | {"data": place(metadata["config"].get("data"))})
 
     networks, metadata = zip(*(load_network(source, build_network) for source in sources), strict=True)

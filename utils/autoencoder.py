@@ -105,10 +105,14 @@ class Autoencoder:
         return images.unflatten(0, z.shape[:-3])
 
 
+def without_source(entry: dict[str, Any] | None) -> dict[str, Any] | None:
+    """An entry but for where the autoencoder was read from; None means pixels."""
+    return {**entry, "source": None} if entry else None
+
+
 def same_autoencoder(entry: dict[str, Any] | None, other: dict[str, Any] | None) -> bool:
     """Whether two entries mean the same latents, wherever the autoencoder was read from; None means pixels."""
-    bare, other_bare = ({**each, "source": None} if each else None for each in (entry, other))
-    return bare == other_bare
+    return without_source(entry) == without_source(other)
 
 
 def load_autoencoder(entry: dict[str, Any] | None, override: str | None, device: torch.device) -> Autoencoder | NoAutoencoder:
