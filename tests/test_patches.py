@@ -10,11 +10,11 @@ from runs import COMMON, TEACHER, losses
 
 import train_student_mnist
 import train_teacher_mnist
-from benchmarks.ablations import changes, noise_patches, patches, student_patches
+from benchmarks.ablations import changes, patches, student_patches
 from models import DiT
 from utils import losses as losses_module
 from utils.checkpoints import read_metadata, step_folders
-from utils.flow import nearest_noise, step
+from utils.flow import step
 from utils.losses import anchored_splitting_loss, squared_error
 
 OF_STUDENTS = {"mixed-leg", "more-to-data", "own-leg-in-two", "pin-chain", "pin-data-end", "soft-guidance", "teacher-features-0.3",
@@ -107,22 +107,6 @@ def test_the_average_of_a_teacher_reaches_back_as_far_as_it_says(undo):
             ema.update(line, update)
         lags.append((1000 - ema.module.weight.item()) / 1000)
     assert lags == pytest.approx([1 / 10, 1 / 25, 1 / 5], rel=0.05)
-
-
-def test_noise_chosen_by_its_direction_is_together_what_all_noise_is():
-    """The nearest noise is smaller, and leans towards the mean image."""
-    draw = torch.Generator().manual_seed(0)
-    x = 0.3 * torch.randn(20_000, 1, 4, 4, generator=draw) - 0.7
-    noises = [torch.randn(x.shape, generator=draw) for _ in range(4)]
-    found = []
-    for choose in (nearest_noise, noise_patches.by_direction):
-        eps = choose(x, noises)
-        found.append((eps.square().mean().sqrt(), eps.mean(), ((x - x.mean(0)) * eps).mean()))
-    (small, lean, near), (size, mean, towards) = found
-    assert small < 0.95 and lean < -0.1 and near > 0.01
-    assert size == pytest.approx(1, abs=0.005) and mean == pytest.approx(0, abs=0.005)
-    assert towards > 2 * near
-    assert noise_patches.by_direction(x, noises[:1]) is noises[0]
 
 
 def test_warm_start_asks_for_the_trajectory(undo, monkeypatch):

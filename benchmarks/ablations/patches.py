@@ -32,6 +32,7 @@ PATCHES: dict[str, Callable[[], None]] = {
     "parallel": lambda: change([dit], "Block", network_patches.ParallelBlock),
     "long-skips": network_patches.long_skips,
     "noise-direction": noise_patches.noise_direction,
+    "noise-class-direction": noise_patches.noise_class_direction,
     "ema-short": lambda: network_patches.ema_ramp(24),
     "ema-long": lambda: network_patches.ema_ramp(4),
     "mixed-leg": student_patches.mixed_leg,
