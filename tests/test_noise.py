@@ -1,0 +1,42 @@
+"""Which noise an image gets: what the chosen noise is, together and within a class."""
+
+import pytest
+import torch
+
+from benchmarks import noise
+from benchmarks.ablations.noise_patches import by_direction
+from utils.config import parse_config
+
+
+def test_what_each_choice_is():
+    """Images of two classes, one lighter and one darker than the mean image, which is dark."""
+    draw = torch.Generator().manual_seed(0)
+    y = torch.tensor([3, 7]).repeat(10_000)                                     # labels need not count from 0
+    x = 0.3 * torch.randn(len(y), 1, 4, 4, generator=draw) + torch.where(y == 7, -0.4, -1.0)[:, None, None, None]
+    rows = {name: noise.measure(x, y, choose, 4, 250, seed=1) for name, choose in noise.CHOICES.items()}
+    best_of_4 = 1.03                                                            # mean of the largest of 4 normal numbers
+    assert rows["any"] == pytest.approx([1, 0, 0, 0], abs=0.02)
+    size, lean, of_class, pull = rows["nearest"]
+    assert size < 0.97 and lean > 0.2 and of_class > 0.1 and pull > 0.2
+    size, lean, of_class, pull = rows["by direction"]
+    assert [size, lean] == pytest.approx([1, 0], abs=0.02) and of_class > 0.4
+    assert rows["by direction from its class's mean"] == pytest.approx([1, 0, 0, best_of_4], abs=0.03)
+    assert pull < rows["by direction from its class's mean"][3]
+
+
+def test_the_only_noise_is_taken_and_an_image_alone_in_its_class_gets_any():
+    x, y = torch.randn(3, 1, 4, 4), torch.tensor([0, 1, 1])
+    one, other = torch.randn(2, *x.shape)
+    assert by_direction(x, [one]) is one and by_direction(x, [one], y) is one
+    assert by_direction(x, [one, other], y)[0].equal(one[0])
+
+
+def test_the_table(capsys):
+    noise.main(["--data", "digits", "--num-images", "300", "--batch-size", "100", "--candidates", "2"])
+    table = capsys.readouterr().out.splitlines()
+    assert table[0] == "digits, 300 images, 2 noises each" and len(table) == 4 + len(noise.CHOICES)
+    assert all(0.8 < float(row.split("|")[2]) < 1.2 for row in table[4:])
+    with pytest.raises(ValueError, match="--batch-size 2000: must be at most the number of images, 1797"):
+        noise.main(["--data", "digits", "--num-images", "2000", "--batch-size", "2000"])
+    with pytest.raises(SystemExit):
+        parse_config(noise.Config, ["--num-images", "3"], None)
