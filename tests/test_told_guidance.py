@@ -168,7 +168,7 @@ def run(results, tmp_path_factory):
     """A run folder whose student was told 1 to 4; then noise on its weights, so that six updates do not hide what it hears."""
     folder = tmp_path_factory.mktemp("told")
     train_student_mnist.main([*COMMON, "--results-dir", str(folder), "--teacher", str(results / "teacher-digits"),
-                              "--guidance-range", "1", "4"])
+                              "--guidance-range", "1", "4", "--guidance-scale", "2.5"])
     return folder / "student-digits"
 
 
@@ -284,7 +284,7 @@ def test_a_scale_is_an_input_or_chosen(student, tmp_path):
 def test_another_range_is_another_run(run, results):
     flags = [*COMMON, "--results-dir", str(run.parent), "--teacher", str(results / "teacher-digits"), "--steps", "8"]
     with pytest.raises(ValueError, match=r"guidance_range: \[1.0, 3.0\], was \[1.0, 4.0\]"):
-        train_student_mnist.main([*flags, "--guidance-range", "1", "3"])
+        train_student_mnist.main([*flags, "--guidance-range", "1", "3", "--guidance-scale", "2.5"])
 
 
 def test_without_classes_there_is_nothing_to_tell(results, tmp_path):
