@@ -52,25 +52,31 @@ def along(eps: Tensor, direction: Tensor) -> Tensor:
     return (eps.flatten(1) * direction).sum(1) / direction.norm(dim=1).clamp(min=1e-12)
 
 
-def measure(x: Tensor, y: Tensor, choose: Choice, candidates: int, batch_size: int, seed: int) -> list[float]:
-    """Size, lean towards the mean image, lean towards the own class, pull towards the own image, of images x (N, ...) with labels y (N,).
+def measure(x: Tensor, y: Tensor, candidates: int, batch_size: int, seed: int) -> dict[str, list[float]]:
+    """By choice: size, lean towards the mean image, lean of a class towards that class, pull towards the own image.
 
-    An incomplete last batch is left out.
+    Args:
+        x: images (N, ...); an incomplete last batch is left out. y: their labels (N,).
     """
     draw = torch.Generator().manual_seed(seed)
     mean = x.mean(0)
     classes, own = y.unique(return_inverse=True)
-    of_class = torch.stack([x[y == label].mean(0) for label in classes])
-    sums, counts = torch.zeros(3 + len(classes), dtype=torch.float64), torch.zeros(len(classes), dtype=torch.float64)
-    for rows in torch.arange(len(x) // batch_size * batch_size).split(batch_size):
-        centre = of_class[own[rows]]
-        eps = choose(x[rows], y[rows], [torch.randn(x[rows].shape, generator=draw) for _ in range(candidates)])
-        sums[:3] += torch.stack([eps.square().flatten(1).mean(1).sum(), along(eps, mean.expand_as(eps)).sum(),
-                                 along(eps, x[rows] - centre).sum()])
-        sums[3:].index_add_(0, own[rows], along(eps, centre - mean).double())
-        counts += own[rows].bincount(minlength=len(classes))
-    size, lean, pull = (sums[:3] / counts.sum()).tolist()
-    return [size**0.5, lean, (sums[3:] / counts.clamp(min=1)).mean().item(), pull]
+    centres = torch.stack([x[y == label].mean(0) for label in classes])
+    own = own[: len(x) // batch_size * batch_size]
+    found: dict[str, list[Tensor]] = {name: [] for name in CHOICES}
+    for rows in torch.arange(len(own)).split(batch_size):
+        centre = centres[own[rows]]
+        noises = [torch.randn(centre.shape, generator=draw) for _ in range(candidates)]
+        for name, choose in CHOICES.items():
+            eps = choose(x[rows], y[rows], noises)
+            found[name].append(torch.stack([eps.square().flatten(1).mean(1), along(eps, mean.expand_as(eps)), along(eps, centre - mean),
+                                            along(eps, x[rows] - centre)], dim=1))
+    numbers = {}
+    for name, batches in found.items():
+        square, lean, of_class, pull = torch.cat(batches).double().unbind(1)
+        of_classes = torch.stack([of_class[own == index].mean() for index in own.unique()])
+        numbers[name] = [square.mean().sqrt().item(), lean.mean().item(), of_classes.mean().item(), pull.mean().item()]
+    return numbers
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -82,9 +88,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     x, y = to_range(images.pixels[few]), images.labels[few]
     columns = ["noise", "size", "towards the mean image", "of a class towards the class", "towards its image"]
     print(f"{images.name}, {len(few)} images, {cfg.candidates} noises each\n\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    for name, choose in CHOICES.items():
-        numbers = measure(x, y, choose, cfg.candidates, cfg.batch_size, cfg.seed)
-        print(f"| {name} | " + " | ".join(f"{number:.3f}" for number in numbers) + " |", flush=True)
+    for name, numbers in measure(x, y, cfg.candidates, cfg.batch_size, cfg.seed).items():
+        print(f"| {name} | " + " | ".join(f"{number:.3f}" for number in numbers) + " |")
 
 
 if __name__ == "__main__":
