@@ -31,6 +31,7 @@ from utils.checkpoints import fingerprint, load_network, resolve_weights, weight
 from utils.config import check_folder, check_interval, check_writable, first_free, parse_config, require, to_dict, write_json
 from utils.data import WITH_TEST_SPLIT, Images, check_guidance, load_held_out, load_images, to_range
 from utils.distributed import Ranks
+from utils.errors import run_script
 from utils.evaluation import (
     Judge,
     Sample,
@@ -303,4 +304,4 @@ def main(argv: Sequence[str] | None = None, config: type[Config] = Config, rows_
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -24,6 +24,7 @@ from torch.fx import GraphModule
 from models import build_network
 from utils.checkpoints import load_network
 from utils.config import check_writable, parse_config, public, require
+from utils.errors import run_script
 from utils.flow import step
 from utils.onnx_graph import check_packages, repeat_step, run_file, store_half, to_onnx
 from utils.sampling import sample_average_velocity, time_grid
@@ -175,4 +176,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

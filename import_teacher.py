@@ -23,6 +23,7 @@ from models.foreign import choose_preset, read_shapes, translate, unwrap
 from utils.checkpoints import write_weights
 from utils.config import check_writable, parse_config, require
 from utils.data import NAMES
+from utils.errors import run_script
 from utils.foreign import read_state
 from utils.latents import is_latents, read_description
 
@@ -112,4 +113,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

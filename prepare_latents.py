@@ -23,6 +23,7 @@ from utils.autoencoder import Autoencoder
 from utils.checkpoints import fingerprint
 from utils.config import parse_config, require, write_json
 from utils.data import to_range
+from utils.errors import run_script
 from utils.folders import ImageFolder, chunked, open_folder
 
 
@@ -105,4 +106,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

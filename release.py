@@ -22,6 +22,7 @@ from models import build_network
 from utils.autoencoder import without_source
 from utils.checkpoints import load_network, read_weights, resolve_weights, save_model_folder, weights_id, write_weights
 from utils.config import check_writable, is_vacant, parse_config, place, public, require
+from utils.errors import run_script
 from utils.model_card import model_card
 
 
@@ -115,4 +116,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

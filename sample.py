@@ -24,6 +24,7 @@ from utils.autoencoder import load_autoencoder
 from utils.checkpoints import load_network
 from utils.config import check_folder, check_interval, check_writable, first_free, is_vacant, parse_config, require
 from utils.data import check_guidance, to_pixels, to_range
+from utils.errors import run_script
 from utils.guidance import guided_velocity
 from utils.pictures import save_gif, save_grid
 from utils.sampling import sample_average_velocity, sample_velocity
@@ -160,4 +161,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -23,6 +23,7 @@ from utils.checkpoints import fingerprint, write_weights
 from utils.config import check_writable, parse_config, require, to_dict
 from utils.data import Images, load_held_out, load_images, to_range
 from utils.distributed import Ranks
+from utils.errors import run_script
 from utils.evaluation import classifier_file, shuffled
 from utils.seeding import fold
 
@@ -162,4 +163,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -25,6 +25,7 @@ from utils.autoencoder import load_autoencoder
 from utils.checkpoints import load_network, start_from, step_folders, weights_id
 from utils.config import RunConfig, check_interval, check_law, parse_config, require, to_dict
 from utils.data import Batches, load_data
+from utils.errors import run_script
 from utils.evaluation import QuickEvaluation
 from utils.flow import interpolate, nearest_noise
 from utils.guidance import GuidedLabels, guided_as_told, guided_velocity, told
@@ -247,4 +248,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

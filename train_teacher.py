@@ -26,6 +26,7 @@ from utils.autoencoder import load_autoencoder
 from utils.checkpoints import start_from, step_folders
 from utils.config import RunConfig, check_law, parse_config, require, to_dict
 from utils.data import Batches, load_data
+from utils.errors import run_script
 from utils.evaluation import QuickEvaluation
 from utils.flow import nearest_noise
 from utils.guidance import drop_labels, guided_velocity
@@ -183,4 +184,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

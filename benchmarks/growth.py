@@ -27,6 +27,7 @@ import train_teacher
 from benchmarks import throughput
 from benchmarks.throughput import Row, command, first_teacher, forward_flops, save
 from utils.config import parse_config, require
+from utils.errors import run_script
 from utils.json_lines import read_lines
 from utils.pictures import log_scale, pyplot
 
@@ -151,4 +152,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -25,6 +25,7 @@ from models import Classifier
 from utils import distributed
 from utils.config import parse_config, require, write_json
 from utils.data import load_data, load_held_out, load_images
+from utils.errors import run_script
 from utils.evaluation import check_counts, classifier_file, quick_judge
 from utils.json_lines import add_line, read_lines
 from utils.latents import originals
@@ -172,4 +173,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

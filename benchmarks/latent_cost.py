@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.throughput import forward_flops
 from models import DiT
+from utils.errors import run_script
 
 # Images/s of DiT-S/2 at 32 x 32 x 3 (256 tokens, as on latents), batch 512, one H100: benchmarks/README.md.
 MEASURED = {"teacher": 8_502, "student": 4_065}
@@ -38,4 +39,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

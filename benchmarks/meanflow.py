@@ -20,6 +20,7 @@ from models import DiT
 from utils import distributed
 from utils.config import parse_config
 from utils.data import Batches, load_images
+from utils.errors import run_script
 from utils.flow import conditional_velocity, interpolate
 from utils.losses import adaptive_weight, mean_flow_loss
 from utils.meter import Meter
@@ -71,4 +72,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -17,6 +17,7 @@ from torch import Tensor
 from benchmarks.ablations.noise_patches import by_direction
 from utils.config import parse_config, require
 from utils.data import load_images, to_range
+from utils.errors import run_script
 from utils.flow import nearest_noise
 
 
@@ -93,4 +94,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

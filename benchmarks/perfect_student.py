@@ -14,6 +14,7 @@ import evaluate
 from benchmarks.splitting_bias import solve, unrolled_times
 from models import DiT, SiT
 from utils.config import require
+from utils.errors import run_script
 from utils.evaluation import Sample
 from utils.guidance import guided_velocity
 from utils.losses import Leg
@@ -60,4 +61,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

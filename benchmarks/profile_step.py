@@ -20,6 +20,7 @@ import train_student
 import train_teacher
 from benchmarks.throughput import write_images
 from utils.config import parse_config, require
+from utils.errors import run_script
 from utils.run_log import Run
 
 # The first pattern that is found in a kernel's name says what kind it is.
@@ -118,4 +119,4 @@ def own_time(event: Any, on_gpu: bool) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -27,6 +27,7 @@ from models import DiT
 from utils import distributed
 from utils.config import parse_config, require
 from utils.distributed import Ranks
+from utils.errors import run_script
 
 
 @dataclass(frozen=True)
@@ -102,4 +103,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -17,6 +17,7 @@ from models import Classifier
 from utils import distributed, metrics, report
 from utils.config import parse_config
 from utils.data import load_held_out, load_images
+from utils.errors import run_script
 from utils.evaluation import classifier_judge, compare, reference_features, shuffled
 
 
@@ -74,4 +75,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

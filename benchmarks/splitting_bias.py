@@ -11,6 +11,7 @@ training, no randomness.
 import torch
 from torch import Tensor
 
+from utils.errors import run_script
 from utils.flow import step
 from utils.guidance import Velocity
 from utils.losses import Leg, one_step
@@ -57,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

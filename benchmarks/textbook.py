@@ -20,6 +20,7 @@ from benchmarks.metrics import Metrics, RivalConfig
 from models import DiT
 from utils import distributed
 from utils.config import parse_config
+from utils.errors import run_script
 from utils.flow import conditional_velocity, interpolate
 
 
@@ -71,4 +72,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

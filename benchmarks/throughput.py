@@ -35,6 +35,7 @@ from benchmarks.ablations.patches import PATCHES
 from benchmarks.report import markdown, plot
 from models import DiT
 from utils.config import parse_config, require
+from utils.errors import run_script
 from utils.json_lines import read_lines
 
 # Forward passes an image, a backward pass counted as two: the teacher's guided velocity takes two on every image, or with legs of the
@@ -244,4 +245,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -19,6 +19,7 @@ import export
 from evaluate import label
 from utils.checkpoints import read_metadata, resolve_weights
 from utils.config import is_vacant, parse_config
+from utils.errors import run_script
 
 HERE = Path(__file__).parent
 
@@ -74,4 +75,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

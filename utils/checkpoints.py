@@ -322,6 +322,7 @@ def load_network(path: Path | str, network_class: Callable[..., nn.Module], devi
     try:
         network = network_class(**metadata["architecture"])
     except TypeError as error:
-        raise CheckpointError(f"{file} is a {metadata['kind']}, a network of another kind than is needed here: {error}") from error
+        raise CheckpointError(f"{file} is a {metadata['kind']}, a network of another kind than is needed here, or of another version of "
+                              "this project") from error
     network.load_state_dict(weights)
     return network.to(device).eval().requires_grad_(False), metadata

@@ -19,6 +19,7 @@ from benchmarks.ablations.changes import STUDENTS, TEACHERS, change
 from models import dit
 from utils import run_log
 from utils.config import to_dict
+from utils.errors import run_script
 
 PATCHES: dict[str, Callable[[], None]] = {
     "silu": lambda: network_patches.activation(F.silu),
@@ -91,4 +92,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

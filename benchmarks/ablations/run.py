@@ -29,6 +29,7 @@ from benchmarks.ablations.variants import VARIANTS, Variant
 from benchmarks.gpus import finish, on_each
 from utils import recipes
 from utils.config import parse_config, require
+from utils.errors import run_script
 from utils.json_lines import add_line, read_lines
 from utils.pictures import log_scale, pyplot
 
@@ -256,4 +257,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
