@@ -28,8 +28,8 @@ from models import Classifier, DiT, SiT, build_network
 from utils import distributed, metrics, report
 from utils.autoencoder import load_autoencoder
 from utils.checkpoints import fingerprint, load_network, resolve_weights, weights_id
-from utils.config import check_folder, check_interval, check_writable, first_free, parse_config, require, to_dict, write_json
-from utils.data import WITH_TEST_SPLIT, Images, check_guidance, load_held_out, load_images, to_range
+from utils.config import check_folder, check_interval, check_writable, first_free, is_vacant, parse_config, require, to_dict, write_json
+from utils.data import WITH_TEST_SPLIT, Images, check_guidance, check_source, load_held_out, load_images, to_range
 from utils.distributed import Ranks
 from utils.errors import run_script
 from utils.evaluation import (
@@ -41,6 +41,7 @@ from utils.evaluation import (
     compare,
     draw,
     even_labels,
+    find_classifier,
     inception_judge,
     reference_features,
     residual_map,
@@ -189,6 +190,8 @@ def main(argv: Sequence[str] | None = None, config: type[Config] = Config, rows_
     cfg = parse_config(config, argv, text)
     wanted = Path(cfg.out or f"results/{program}-{label(Path(cfg.checkpoint))}")
     check_writable(wanted)
+    if is_vacant(Path(cfg.cache)):                          # one that may only be read may hold what is needed
+        check_writable(Path(cfg.cache))
     ranks = distributed.start(cfg.device)
     network, metadata = load_network(cfg.checkpoint, build_network, ranks.device)
     student = metadata["kind"] == "student"
@@ -212,10 +215,14 @@ def main(argv: Sequence[str] | None = None, config: type[Config] = Config, rows_
     autoencoder = load_autoencoder(metadata.get("autoencoder"), cfg.autoencoder, ranks.device)
     image_shape = autoencoder.image_shape(network.shape)
     data = originals(data)
+    if cfg.held_out:
+        check_source(cfg.held_out, "--held-out")
 
     def check(classes: list[str]) -> None:
         if not same_classes(metadata, classes):
             raise ValueError(f"--data {data} has classes {classes}; {cfg.checkpoint} was trained on {metadata['classes']}")
+        if cfg.features == "classifier":
+            find_classifier(cfg.classifier, data, image_shape[-1], classes)
 
     images = load_images(data, cfg.data_root, image_shape[-1], cfg.num_workers, image_shape[0], check)
     if images.shape != image_shape:

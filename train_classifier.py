@@ -21,7 +21,7 @@ from models import Classifier
 from utils import distributed
 from utils.checkpoints import fingerprint, write_weights
 from utils.config import check_writable, parse_config, require, to_dict
-from utils.data import Images, load_held_out, load_images, to_range
+from utils.data import Images, check_source, load_held_out, load_images, to_range
 from utils.distributed import Ranks
 from utils.errors import run_script
 from utils.evaluation import classifier_file, shuffled
@@ -141,6 +141,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if len(classes) < 2:
             raise ValueError(f"--data {cfg.data}: a classifier needs at least 2 classes, and there are {len(classes)}")
 
+    if cfg.held_out:
+        check_source(cfg.held_out, "--held-out")
     images = load_images(cfg.data, cfg.data_root, cfg.image_size, cfg.num_workers, check=check)
     images, held_out = load_held_out(images, cfg.held_out, cfg.data_root, cfg.num_workers)
     if len(held_out) == 0:

@@ -132,10 +132,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                          f"the others, for each of {ranks.world_size} processes")
 
     # Data, teacher and student.
+    run = Run(cfg, "student", ranks)                        # refuses what it can before images are read
     images = load_data(cfg.data, cfg.data_root, cfg.image_size, cfg.num_workers, (cfg.guidance_scale, *(cfg.guidance_range or ())))
     decode = load_autoencoder(images.autoencoder, cfg.autoencoder, device).decode        # from latents to images; pixels stay
     evaluate = cfg.eval_every and QuickEvaluation(cfg.classifier, Classifier, images, ranks, cfg.results_dir)
-    run = Run(cfg, "student", ranks, images, evaluate and evaluate.judge.name)
+    run.learn_from(images, evaluate and evaluate.judge.name)
     kept = run.folder / "teacher.safetensors"
     goes_on = kept.exists() and bool(step_folders(run.checkpoints))
     path = kept if goes_on else find_teacher(cfg.teacher, cfg.results_dir, cfg.data, images.shape[-1], kept)

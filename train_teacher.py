@@ -89,12 +89,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = ranks.device
 
     # Data and network.
+    run = Run(cfg, "teacher", ranks)                        # refuses what it can before images are read
     images = load_data(cfg.data, cfg.data_root, cfg.image_size, cfg.num_workers, cfg.guidance_scale)
     check_augment(images, cfg.augment)
     decode = load_autoencoder(images.autoencoder, cfg.autoencoder, device).decode        # from latents to images; pixels stay
     batches = Batches(images, cfg.global_batch_size, cfg.seed, ranks, cfg.flip)
     evaluate = cfg.eval_every and QuickEvaluation(cfg.classifier, Classifier, images, ranks, cfg.results_dir)
-    run = Run(cfg, "teacher", ranks, images, evaluate and evaluate.judge.name)
+    run.learn_from(images, evaluate and evaluate.judge.name)
     torch.manual_seed(fold(cfg.seed, "weights"))            # alike on every rank
     augment_dim = AUGMENT_DIM if cfg.augment else 0
     network = DiT(cfg.model, images.shape[1], images.shape[0], len(images.classes), augment_dim=augment_dim).to(device)

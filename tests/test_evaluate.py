@@ -79,6 +79,12 @@ def test_the_residual_is_of_pairs_of_image_and_noise_as_in_training(digits, monk
     assert not torch.equal(eps, noises[0])
 
 
+def test_held_out_images_that_are_not_there_are_told_of_before_others_are_read(digits, monkeypatch):
+    monkeypatch.delattr(evaluate, "load_images")
+    with pytest.raises(ValueError, match="--held-out nowhere: no such data set or path"):
+        run(digits, "student-digits.safetensors", "--held-out", "nowhere")
+
+
 def test_a_teacher_is_checked_before_work_starts(digits, capsys):
     """One of another size is refused; another one of its size is told of; a teacher's checkpoint has none."""
     for name, network in (("larger", DiT("DiT-Test/4", 16, 1, 10)), ("other", DiT("DiT-Test/4", 8, 1, 10))):

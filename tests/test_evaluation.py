@@ -1,5 +1,6 @@
 """The parts of evaluate.py: sets of samples, features that are kept, summaries, the plot."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,7 +103,7 @@ def test_the_order_of_the_files_does_not_matter():
     assert torch.equal(shuffled(tenth)[0], pixels[:179]) and torch.equal(shuffled(same)[0], pixels[:179])
 
 
-def test_features_are_kept_under_the_names_of_judge_and_images(tmp_path):
+def test_features_are_kept_under_the_names_of_judge_and_images(tmp_path, monkeypatch):
     calls = []
 
     def see(pixels):
@@ -116,6 +117,11 @@ def test_features_are_kept_under_the_names_of_judge_and_images(tmp_path):
     assert calls == [500, 200, 500, 200]                        # the second time from the file, the third is another judge
     reference_features(Judge("a", see, False), pixels[:600], tmp_path)
     assert calls[4:] == [500, 100]
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    reference_features(Judge("a", see, False), pixels[:600], tmp_path)      # from a place that may only be read
+    with pytest.raises(ValueError, match=r"c-\w{8}.pt: .* is no folder, or may not be written to"):
+        reference_features(Judge("c", see, False), pixels[:600], tmp_path)
+    assert len(calls) == 6
 
 
 def test_two_runs_make_features_at_once(tmp_path, monkeypatch):

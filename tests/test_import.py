@@ -246,6 +246,7 @@ def test_a_teacher_without_names_of_classes_is_measured(tmp_path, monkeypatch):
     def see(pixels):
         return pixels.float().mean((2, 3)), pixels.float().mean((2, 3))[:, :2]
 
+    monkeypatch.setattr(evaluate, "find_classifier", lambda *_: None)
     monkeypatch.setattr(evaluate, "classifier_judge", lambda *_: Judge("colours", see, knows_classes=True))
     source, photos = save(tmp_path, random_state()), make_images(tmp_path / "photos", ["cat", "dog"])
     flags = ["--data", str(photos), "--held-out", str(photos), "--num-steps", "1", "--num-images", "12", "--seeds", "1", "--device", "cpu",

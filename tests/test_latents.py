@@ -84,6 +84,7 @@ def test_evaluation_compares_decoded_samples_with_the_originals(photo_latents, r
         judged.append(pixels)
         return pixels.float().mean((2, 3)), pixels.float().mean((2, 3))[:, :2]
 
+    monkeypatch.setattr(evaluate, "find_classifier", lambda *_: None)
     monkeypatch.setattr(evaluate, "classifier_judge", lambda *_: Judge("colours", see, knows_classes=True))
     evaluate.main([str(results / "student-prepared"), "--held-out", str(photo_latents / "photos"), "--num-steps", "1", "--num-images", "12",
                    "--seeds", "1", "--device", "cpu", "--out", str(tmp_path), "--cache", str(tmp_path)])

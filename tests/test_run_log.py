@@ -1,13 +1,17 @@
 """What a run's folder says of the run, and with what the run goes on."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
-from runs import COMMON, make_images
+from runs import COMMON, TEACHER, make_images
 
+import train_student
 import train_student_mnist
 import train_teacher
+import train_teacher_mnist
 from utils.checkpoints import read_weights, step_folders, write_weights
 from utils.run_log import Run
 
@@ -36,9 +40,62 @@ def test_a_run_goes_on_with_the_images_it_began_with(tmp_path, monkeypatch):
     shutil.rmtree(data)
     (tmp_path / "first").rename(data)
     began = json.loads(file.read_text())
-    file.write_text(json.dumps({key: value for key, value in began.items() if key not in ("images", "classes", "fingerprint")}))
+    unsaid = json.dumps({key: value for key, value in began.items() if key not in ("images", "classes", "fingerprint")})
+    file.write_text(unsaid)
+    shutil.copytree(data, tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"another run \(data: \S*elsewhere, was \S*photos\)"):
+        train_teacher.main([*own, "--data", str(tmp_path / "elsewhere"), "--name", "teacher-photos"])
     train_teacher.main(own)                                 # as runs of before say none of these
     assert json.loads(file.read_text()) == began
+
+
+def test_images_may_have_moved(tmp_path, monkeypatch):
+    """And may be named from another working folder; other images, or a named data set, make another run."""
+    own = ["--steps", "2", "--global-batch-size", "4", "--comet", "off", "--device", "cpu", "--image-size", "8", "--model", "DiT-Nano/4",
+           "--sample-steps", "1", "--results-dir", str(tmp_path / "results"), "--name", "t"]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    make_images(Path("photos"), ["ant", "bee"])
+    make_images(Path("more"), ["ant", "bee"], 7)
+    monkeypatch.setattr(Run, "asked_to_stop", lambda self, step, stop: step == 1)
+    train_teacher.main([*own, "--data", "photos"])
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"another run \(data: here/more, was photos; images: 14, was 12; fingerprint: "):
+        train_teacher.main([*own, "--data", "here/more"])
+    with pytest.raises(ValueError, match=r"another run \(data: digits, was photos; warmup_steps: "):
+        train_teacher.main([*own, "--data", "digits"])
+    train_teacher.main([*own, "--data", "here/photos"])
+    assert json.loads((tmp_path / "results/t/config.json").read_text())["data"] == "here/photos"
+
+
+@pytest.mark.parametrize(("script", "flags", "message"), [
+    (train_teacher, ["--start-from", "nowhere"], "no checkpoint at nowhere"),
+    (train_teacher, ["--eval-every", "1", "--image-size", "8"], r"classifier-photos.safetensors; .* --data {data} --image-size 8 \("),
+    (train_student, ["--eval-every", "1", "--classifier", "c.safetensors"], "no classifier c.safetensors; .* --out c.safetensors"),
+    (train_student, ["--teacher", "nowhere"], "no checkpoint at nowhere"),
+    (train_student, ["--teacher", __file__], "no safetensors file"),
+    (train_student, ["--name", "teacher-digits"], r"another run \(.*stage: student, was teacher"),
+    (train_teacher_mnist, [*TEACHER], "finished at step 6"),
+    (train_teacher, ["--name", "file"], "file exists and is no run folder"),
+])
+def test_what_needs_no_images_is_told_before_they_are_read(results, tmp_path, monkeypatch, script, flags, message):
+    for name in ("teacher-digits", "student-digits"):
+        shutil.copytree(results / name, tmp_path / name)
+    (tmp_path / "file").touch()
+    monkeypatch.delattr(script, "load_data")
+    data = make_images(tmp_path / "photos", ["ant", "bee"])
+    with pytest.raises((ValueError, FileNotFoundError), match=message.format(data=data)):
+        script.main(["--data", str(data), "--device", "cpu", *flags, "--results-dir", str(tmp_path)])
+
+
+def test_a_place_where_nothing_may_be_written_is_told_then_too(tmp_path, monkeypatch):
+    monkeypatch.delattr(train_teacher, "load_data")
+    with pytest.raises(ValueError, match=f"--results-dir {__file__}: must be a folder, not a file"):
+        train_teacher.Config(results_dir=__file__)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)              # root may write to any
+    with pytest.raises(ValueError, match=f"teacher-digits: {tmp_path} is no folder, or may not be written to"):
+        train_teacher.main(["--data", "digits", "--device", "cpu", "--results-dir", str(tmp_path)])
 
 
 def test_a_torn_config_is_named_before_anything_is_written(tmp_path):

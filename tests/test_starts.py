@@ -158,6 +158,7 @@ def test_a_student_that_names_no_teacher_goes_on_as_one_that_does(results, tmp_p
 
 def test_it_is_sampled_and_measured_as_one_that_does(results, tmp_path, monkeypatch, capsys):
     """Its distance is from the teacher beside it, of which nothing is said."""
+    monkeypatch.setattr(evaluate, "find_classifier", lambda *_: None)
     monkeypatch.setattr(evaluate, "classifier_judge", lambda *_: Judge("rows", lambda x: (x.float().mean((1, 2)),) * 2, False))
     unnamed(results / "student-digits/checkpoints/step_00000006/ema.safetensors", tmp_path / "old.safetensors")
     shutil.copy(results / "student-digits/teacher.safetensors", tmp_path)

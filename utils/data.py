@@ -122,6 +122,14 @@ def resize(pixels: Tensor, size: int) -> Tensor:
     return torch.cat([to_pixels(F.interpolate(to_range(part), size, mode="bicubic", antialias=True)) for part in pixels.split(1024)])
 
 
+def check_source(data: str, flag: str = "--data") -> None:
+    """Raise ValueError unless there are images of this name or path. flag: as of `load_images`."""
+    if is_latents(Path(data)):
+        raise ValueError(f"{flag} {data} holds latents, and here images are needed; these are made from {originals(data)}")
+    if data not in NAMES and not Path(data).exists():
+        raise ValueError(f"{flag} {data}: no such data set or path; use one of {', '.join(NAMES)}, or the path of a folder or zip")
+
+
 def load_images(data: str, data_root: str = "data", image_size: int | None = None, num_workers: int = 4,
                 num_channels: int | None = None, check: Callable[[list[str]], None] = lambda classes: None,
                 flag: str = "--data") -> Images:
@@ -138,15 +146,12 @@ def load_images(data: str, data_root: str = "data", image_size: int | None = Non
     Raises:
         ValueError: an unknown name, no images, an unreadable image, no network, or latents.
     """
-    if is_latents(Path(data)):
-        raise ValueError(f"{flag} {data} holds latents, and here images are needed; these are made from {originals(data)}")
+    check_source(data, flag)
     if data in NAMES:
         pixels, labels, classes = load_digits() if data == "digits" else load_torchvision(data, data_root)
         check(classes)
-    elif Path(data).exists():
-        pixels, labels, classes = load_folder(Path(data), image_size or PATH_SIZE, num_workers, check, flag)
     else:
-        raise ValueError(f"{flag} {data}: no such data set or path; use one of {', '.join(NAMES)}, or the path of a folder or zip")
+        pixels, labels, classes = load_folder(Path(data), image_size or PATH_SIZE, num_workers, check, flag)
     pixels = resize(pixels, image_size or pixels.shape[-1])
     if num_channels == 3 and pixels.shape[1] == 1:
         pixels = pixels.expand(-1, 3, -1, -1)

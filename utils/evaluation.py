@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from utils import metrics
 from utils.autoencoder import NoAutoencoder
 from utils.checkpoints import RELEASED, fingerprint, load_network
+from utils.config import check_writable
 from utils.data import NAMES, Images, hash_order, to_pixels, to_range
 from utils.distributed import Ranks
 from utils.latents import Latents
@@ -67,6 +68,23 @@ def classifier_file(file: str | None, data: str) -> Path:
     return Path(file) if file else RELEASED / f"classifier-{own}{name}.safetensors"
 
 
+def find_classifier(file: str | None, data: str, image_size: int | None, classes: list[str] | None = None) -> Path:
+    """The file of `classifier_file`; FileNotFoundError, with advice, if it is not there.
+
+    Args:
+        image_size: that it must be of; None: the usual one of these data.
+        classes: of the data; None: not known yet.
+    """
+    path = classifier_file(file, data)
+    if not path.is_file():
+        flags = (f" --image-size {image_size}" if image_size else "") + (f" --out {file}" if file else "")
+        making = f"make it with python train_classifier.py --data {data}{flags}"
+        without = "there can be none without classes: run evaluate.py with --features inception, and train without --eval-every"
+        advice = f"{making} ({without})" if classes is None else making if len(classes) > 1 else without
+        raise FileNotFoundError(f"no classifier {path}; {advice}")
+    return path
+
+
 def classifier_judge(file: str | None, network_class: Callable[..., nn.Module], images: Images, ranks: Ranks) -> Judge:
     """The frozen classifier of a data set.
 
@@ -78,12 +96,7 @@ def classifier_judge(file: str | None, network_class: Callable[..., nn.Module], 
         FileNotFoundError: there is none.
         ValueError: it is of other images, or no classifier.
     """
-    path = classifier_file(file, images.name)
-    if not path.is_file():
-        advice = (f"make it with python train_classifier.py --data {images.name} --image-size {images.shape[-1]}"
-                  + (f" --out {file}" if file else "") if len(images.classes) > 1 else
-                  "there can be none without classes: run evaluate.py with --features inception, and train without --eval-every")
-        raise FileNotFoundError(f"no classifier {path}; {advice}")
+    path = find_classifier(file, images.name, images.shape[-1], images.classes)
     network, metadata = load_network(path, network_class, ranks.device)
     if metadata["kind"] != "classifier":
         raise ValueError(f"--classifier {path} is a {metadata['kind']}; see train_classifier.py")
@@ -188,11 +201,12 @@ def shuffled(images: Images) -> tuple[Tensor, Tensor]:
 def reference_features(judge: Judge, pixels: Tensor, folder: Path) -> Features:
     """Features of the training split, kept in `folder` under the names of judge and images, so that they are made once.
 
-    Runs that begin at once may each make them, and the last one's stay.
+    Runs that begin at once may each make them, and the last one's stay. ValueError if they are to be made and may not be written.
     """
     file = folder / f"{judge.name}-{fingerprint(pixels)}.pt"
     if file.is_file():
         return Features(**torch.load(file, weights_only=True))
+    check_writable(file)
     features = judge(pixels)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.writing")

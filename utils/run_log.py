@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils import distributed
-from utils.checkpoints import is_finished, read_latest, read_metadata, save_checkpoint, step_folders, write_weights
-from utils.config import ADDED_LATER, differences, is_vacant, read_config, to_dict, write_json, write_text
+from utils.checkpoints import read_latest, read_metadata, save_checkpoint, step_folders, write_weights
+from utils.config import check_writable, to_dict, write_json, write_text
 from utils.data import Images
 from utils.distributed import Ranks, device_name
 from utils.interrupt import StopRequest
@@ -33,6 +33,7 @@ from utils.json_lines import add_line, read_lines
 from utils.latents import Latents
 from utils.locks import if_left_behind, lock_if_possible
 from utils.pictures import save_curves, save_gif, save_grid
+from utils.run_folder import check_files, check_images, check_judge, read_began
 from utils.sharding import whole_weights
 
 SECONDS_BETWEEN_CURVES = 30
@@ -62,51 +63,40 @@ class Run:
         config: the script's Config, a `utils.config.RunConfig`.
         stage: "teacher" or "student".
         ranks: this process among all.
-        images: what is learned from; a run goes on with the images and classes that it began with.
-        judge: name of the one that `evaluation` gets its numbers from, if there are to be any.
 
     Raises:
-        ValueError: the folder is a finished, another or a broken run's, or holds something else, or evaluations by another judge.
+        ValueError: the folder is a finished, another or a broken run's, or holds something else, or may not be written to.
+        FileNotFoundError, CheckpointError: see `utils.run_folder.check_files`.
     """
 
-    def __init__(self, config: Any, stage: str, ranks: Ranks, images: Images | Latents, judge: str | None = None):
-        self.config, self.ranks, self.judge = config, ranks, judge
+    def __init__(self, config: Any, stage: str, ranks: Ranks):
+        self.config, self.ranks, self.judge = config, ranks, None
         self.name = config.name or f"{stage}-{Path(config.data).stem}"
         self.folder = Path(config.results_dir) / self.name
         self.checkpoints = self.folder / "checkpoints"
-        self.learned = {"images": len(images), "classes": images.classes, "fingerprint": images.fingerprint()}
-        self.description = {"stage": stage, **to_dict(config), **self.learned}
-        self.refuse_foreign_folder()
+        self.description = {"stage": stage, **to_dict(config)}
+        self.began = read_began(self.folder, self.description)
+        check_files(config, self.checkpoints)
+        if ranks.is_main:
+            check_writable(self.folder)
         self.bar = self.comet = None
         self.lock = FileLock(self.folder / ".lock")         # held from `start` to the end of `with run`, by rank 0
         self.seconds_before, self.opened, self.logged = 0.0, time.monotonic(), (0, time.monotonic())
         self.drawn = self.opened
 
-    def refuse_foreign_folder(self) -> None:
-        file = self.folder / "config.json"
-        if is_vacant(self.folder):
-            return
-        other_name = "choose another --name, or move the folder away"
-        if not file.exists():
-            left = {path.name for path in self.folder.iterdir() if not (path.is_dir() and not any(path.iterdir()))}
-            if left <= {".lock", "log.txt", f".{file.name}.writing"}:  # of a start that was cut off before it had written anything
-                return
-            raise ValueError(f"{self.folder} exists and is no run folder; {other_name}")
-        began = read_config(file)
-        unsaid = {**self.learned, **{key: value for key, value in ADDED_LATER.items() if key in self.description}}
-        changed = differences({**unsaid, **began}, self.description)
-        if [text.split(":")[0] for text in changed] == ["fingerprint"]:
-            raise ValueError(f"{self.folder} began with other images than are in --data {self.config.data} ({changed[0]}); {other_name}. "
-                             f"If they are the same, but for how they were read or encoded, delete \"fingerprint\" from {file}")
-        if changed:
-            raise ValueError(f"{self.folder} is another run ({'; '.join(changed)}); {other_name}")
-        if is_finished(self.checkpoints, self.config.steps):
-            raise ValueError(f"{self.folder} is finished at step {self.config.steps}; {other_name}")
-        evaluations = self.folder / "evaluations.jsonl"
-        others = {row["judge"] for row in read_lines(evaluations) if "judge" in row} - {self.judge}
-        if self.judge and others:
-            raise ValueError(f"--eval-every: the judge of {evaluations} is {others.pop()}, this command's is {self.judge}; name the former "
-                             "with --classifier, or leave --eval-every out, or move the file and best.safetensors away")
+    def learn_from(self, images: Images | Latents, judge: str | None = None) -> None:
+        """Go on with the images and classes that the run began with.
+
+        Args:
+            judge: name of the one that `evaluation` gets its numbers from, if there are to be any.
+
+        Raises:
+            ValueError: it began with others, or its evaluations are by another judge.
+        """
+        self.description |= {"images": len(images), "classes": images.classes, "fingerprint": images.fingerprint()}
+        check_images(self.folder, self.began, self.description)
+        check_judge(self.folder, judge)
+        self.judge = judge
 
     def latest(self, names: Sequence[str], teacher_id: str = "0") -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
         """The newest good checkpoint, see `utils.checkpoints.read_latest`; every rank reads it.
