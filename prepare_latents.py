@@ -21,7 +21,7 @@ from tqdm import tqdm
 from utils import distributed, latents
 from utils.autoencoder import Autoencoder
 from utils.checkpoints import fingerprint
-from utils.config import parse_config, require, write_json
+from utils.config import check_folder, check_writable, parse_config, require, write_json
 from utils.data import to_range
 from utils.errors import run_script
 from utils.folders import ImageFolder, chunked, open_folder
@@ -43,6 +43,7 @@ class Config:
     def __post_init__(self) -> None:
         for field in ("image_size", "shard_size", "batch_size", "num_workers"):
             require(self, field, getattr(self, field) >= 1, "at least 1")
+        check_folder(self, "out")
 
 
 def describe(cfg: Config, folder: ImageFolder, autoencoder: Autoencoder) -> dict[str, Any]:
@@ -64,6 +65,7 @@ def describe(cfg: Config, folder: ImageFolder, autoencoder: Autoencoder) -> dict
 
 def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse_config(Config, argv, __doc__)
+    check_writable(Path(cfg.out))
     ranks = distributed.start(cfg.device)
     folder = open_folder(Path(cfg.source), "SOURCE")
     autoencoder = Autoencoder(cfg.autoencoder, ranks.device)

@@ -1,7 +1,6 @@
 import ast
 import dataclasses
 import json
-import os
 import re
 from functools import partial
 from pathlib import Path
@@ -9,9 +8,6 @@ from pathlib import Path
 import pytest
 
 import evaluate
-import export
-import import_teacher
-import release
 import sample
 import train_classifier
 import train_student
@@ -20,7 +16,7 @@ import train_teacher
 import train_teacher_mnist
 from benchmarks.ablations.run import Config as AblationsConfig
 from utils import recipes
-from utils.config import FREE_FIELDS, check_writable, differences, parse_config, to_dict
+from utils.config import FREE_FIELDS, differences, parse_config, to_dict
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = {
@@ -303,33 +299,3 @@ def test_flags_of_the_other_feature_space_are_refused():
     for fields, message in ((dict(inception_weights="x"), "without"), (dict(classifier="x", features="inception"), "with")):
         with pytest.raises(ValueError, match=f"must be left out {message} --features inception"):
             evaluate.Config("x", **fields)
-
-
-@pytest.mark.parametrize(("script", "argv"), [
-    (release, ["x", "{target}"]), (release, ["x", "{target}.safetensors"]), (export, ["x", "{target}.onnx"]),
-    (import_teacher, ["x", "{target}.safetensors", "--time-direction", "data-at-one"]),
-    (train_classifier, ["--data", "x", "--out", "{target}.safetensors"])])
-@pytest.mark.parametrize("place", ["", "file", "made/on/the/way"])
-def test_where_nothing_may_be_written_is_told_before_what_is_read(script, argv, place, tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)              # root may write to any
-    with pytest.raises(ValueError, match=rf"target\S*: {tmp_path}\S* is no folder, or may not be written to; choose another place"):
-        script.main([part.format(target=tmp_path / place / "target") for part in argv])
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-@pytest.mark.parametrize("out", [None, "target", "made/on/the/way"])
-@pytest.mark.parametrize(("script", "default"), [(sample, "samples"), (evaluate, "results/evaluation-x")])
-def test_so_it_is_of_folders_and_without_a_flag(script, default, out, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
-    with pytest.raises(ValueError, match=f"^{out or default}: {tmp_path} is no folder, or may not be written to"):
-        script.main(["x", *(["--out", out] if out else [])])
-
-
-def test_a_folder_that_is_there_must_be_writable_too(tmp_path, monkeypatch):
-    check_writable(tmp_path / "target")
-    (tmp_path / "target").mkdir()
-    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "target")
-    with pytest.raises(ValueError, match="may not be written to"):
-        check_writable(tmp_path / "target")

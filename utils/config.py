@@ -60,6 +60,7 @@ class RunConfig:
         require(self, "image_size", self.image_size is None or self.image_size >= 1, "at least 1, or None")
         require(self, "name", self.name is None or (self.name not in ("", ".", "..") and not set(self.name) & set("/\\")),
                 "a folder's name, without slashes")
+        check_folder(self, "results_dir")
 
 
 # A run may be continued with other values of these: they do not change what it computes.
