@@ -6,13 +6,13 @@
 """
 
 import math
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import imageio.v3 as imageio
 import numpy as np
 import torch
 import tyro
@@ -26,7 +26,7 @@ from utils.config import check_folder, check_interval, check_writable, first_fre
 from utils.data import check_guidance, to_pixels, to_range
 from utils.errors import run_script
 from utils.guidance import guided_velocity
-from utils.pictures import save_gif, save_grid
+from utils.pictures import save_gif, save_grid, save_image, written
 from utils.sampling import sample_average_velocity, sample_velocity
 from utils.seeding import generator
 
@@ -86,6 +86,13 @@ def chosen_classes(asked: Sequence[str], classes: list[str]) -> list[int]:
     return [known[name] for name in asked]
 
 
+def for_file_names(classes: list[str]) -> list[str]:
+    """What the names of single PNGs call each class: its number or, where names are other numbers (folders 1, 2, ...), its name."""
+    numbers = [str(i) for i in range(max(1, len(classes)))]                 # without classes there is the null class, 0
+    by_name = any(name.isdecimal() and name != number for name, number in zip(classes, numbers))
+    return [re.sub(r"[^\w.-]", "_", name) for name in classes] if by_name else numbers
+
+
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> None:
     cfg = parse_config(Config, argv, __doc__)
@@ -100,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_guidance((1.0 if cfg.guidance_scale is None else cfg.guidance_scale,), metadata["classes"], cfg.guidance_interval)
     if not student and cfg.renoise:
         raise ValueError("--renoise True: only a student can jump to the data")
-    chosen = torch.tensor(chosen_classes(cfg.classes, metadata["classes"]))
+    chosen, in_names = torch.tensor(chosen_classes(cfg.classes, metadata["classes"])), for_file_names(metadata["classes"])
     y = chosen[torch.arange(cfg.num_images) * len(chosen) // cfg.num_images]
     shape = network.shape
     autoencoder = load_autoencoder(metadata.get("autoencoder"), cfg.autoencoder, ranks.device)
@@ -152,11 +159,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if gif:
             save_gif(out / f"{name}.gif", autoencoder.decode(torch.cat(shown, dim=1)))
         if "npz" in cfg.formats:
-            np.savez(out / f"{name}.npz", arr_0=pixels.permute(0, 2, 3, 1).numpy(), labels=y[: cfg.num_images].numpy())
+            with written(out / f"{name}.npz") as file:
+                np.savez(file, arr_0=pixels.permute(0, 2, 3, 1).numpy(), labels=y[: cfg.num_images].numpy())
         if "png" in cfg.formats:
             (out / name).mkdir(exist_ok=True)
             for i, image in enumerate(pixels):
-                imageio.imwrite(out / name / f"{i:06d}_class{y[i]}.png", image.permute(1, 2, 0).squeeze(-1).numpy())
+                save_image(out / name / f"{i:06d}_class{in_names[y[i]]}.png", image.permute(1, 2, 0).squeeze(-1))
         tqdm.write(f"{len(pixels)} images in {num_steps} step{'s' * (num_steps > 1)}, {seconds:.1f} s: {out}/{name}.*")
 
 

@@ -1,4 +1,6 @@
+import errno
 import json
+from pathlib import Path
 
 import imageio.v3 as imageio
 import numpy as np
@@ -7,7 +9,7 @@ import torch
 from PIL import Image
 
 from utils.data import to_pixels
-from utils.pictures import log_scale, pyplot, sample_labels, save_curves, save_gif, save_grid
+from utils.pictures import log_scale, pyplot, sample_labels, save_curves, save_gif, save_grid, written
 
 
 @pytest.mark.parametrize(
@@ -118,3 +120,21 @@ def test_no_metrics_no_curves(tmp_path):
     metrics(tmp_path / "metrics.jsonl", 0)
     save_curves(tmp_path / "curves.png", tmp_path)
     assert not (tmp_path / "curves.png").exists()
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, draw):
+    def cut_short(file, *_, **__):
+        Path(file).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    images = torch.randn(2, 4, 3, 8, 8, generator=draw)
+    save_grid(tmp_path / "a.png", images[0])
+    whole = (tmp_path / "a.png").read_bytes()
+    monkeypatch.setattr(imageio, "imwrite", cut_short)
+    for save, path, x in ((save_grid, tmp_path / "a.png", images[1]), (save_gif, tmp_path / "a.gif", images)):
+        with pytest.raises(OSError, match=f"could not write {path}: .*No space left"):
+            save(path, x)
+    with pytest.raises(KeyboardInterrupt), written(tmp_path / "a.npz") as file:
+        file.touch()
+        raise KeyboardInterrupt
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png"] and (tmp_path / "a.png").read_bytes() == whole

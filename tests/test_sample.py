@@ -129,3 +129,27 @@ def test_channels_that_no_picture_has_are_told_before_drawing(tmp_path, formats)
     assert not (tmp_path / "out").exists()
     sample.main([*command, "npz"])
     assert np.load(tmp_path / "out/1step.npz")["arr_0"].shape == (2, 8, 8, 4)
+
+
+@pytest.mark.parametrize(("classes", "asked", "name"), [
+    (["1", "10", "2"], "10", "class10"), (["1", "10", "a/b 2"], "a/b 2", "classa_b_2"),    # the first would be 1 by its number
+    (["cat", "dog"], "dog", "class1"), ([], None, "class0")])
+def test_single_images_name_their_class_as_it_was_asked_for(tmp_path, classes, asked, name):
+    network, path = DiT("DiT-Test/4", 8, 1, len(classes)), tmp_path / "t.safetensors"
+    write_weights(path, network.state_dict(),
+                  dict(kind="teacher", architecture=network.architecture, classes=classes, config={}, step=0))
+    sample.main([str(path), *(["--classes", asked] if asked else []), "--num-images", "1", "--num-steps", "1", "--formats", "png",
+                 "--out", str(tmp_path / "out"), "--device", "cpu"])
+    assert [file.name for file in (tmp_path / "out/1step").iterdir()] == [f"000000_{name}.png"]
+
+
+def test_a_full_disk_leaves_no_half_of_an_array(results, tmp_path, monkeypatch):
+    def cut_short(file, **_):
+        file.touch()
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(np, "savez", cut_short)
+    with pytest.raises(OSError, match=r"could not write \S*1step.npz"):
+        sample.main([str(results / "student-digits"), "--num-images", "1", "--num-steps", "1", "--formats", "npz", "--device", "cpu",
+                     "--out", str(tmp_path / "out")])
+    assert not list((tmp_path / "out").iterdir())

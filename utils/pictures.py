@@ -1,5 +1,8 @@
 """Grids, GIFs and curves."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,10 +38,33 @@ def grid(x: Tensor, columns: int = 10, tile: int = 48, largest: int | None = Non
     return pixels.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
 
 
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """A name to write to, which becomes `path` at the end: a full disk, say, leaves no half of a file there.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    temporary = path.with_name(f".{path.stem}.writing{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"could not write {path}: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_image(path: Path, pixels: Tensor) -> None:
+    """Write uint8 pixels (H, W, 3) or (H, W) as PNG."""
+    with written(path) as file:
+        imageio.imwrite(file, pixels.numpy())
+
+
 def save_grid(path: Path, x: Tensor, columns: int = 10) -> None:
     """Write a grid of images (B, C, H, W) near [-1, 1] as PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    imageio.imwrite(path, grid(x, columns).numpy())
+    save_image(path, grid(x, columns))
 
 
 def save_gif(path: Path, trajectory: Tensor, columns: int = 10, seconds: float = 2.5) -> None:
@@ -46,7 +72,8 @@ def save_gif(path: Path, trajectory: Tensor, columns: int = 10, seconds: float =
     path.parent.mkdir(parents=True, exist_ok=True)
     frames = [grid(x, columns, tile=24, largest=64).numpy() for x in trajectory]      # small: noise does not compress
     durations = [1000 * seconds / len(frames)] * (len(frames) - 1) + [1500]
-    imageio.imwrite(path, frames, duration=durations, loop=0)
+    with written(path) as file:
+        imageio.imwrite(file, frames, duration=durations, loop=0)
 
 
 def pyplot() -> ModuleType:
@@ -98,5 +125,6 @@ def save_curves(path: Path, folder: Path) -> None:
         log_scale(axis)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
-    figure.savefig(path, dpi=110)
+    with written(path) as file:
+        figure.savefig(file, dpi=110)
     plt.close(figure)
