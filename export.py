@@ -23,7 +23,7 @@ from torch.fx import GraphModule
 
 from models import build_network
 from utils.checkpoints import load_network
-from utils.config import check_writable, parse_config, public, require
+from utils.config import check_file, check_writable, parse_config, public, require
 from utils.errors import run_script
 from utils.flow import step
 from utils.onnx_graph import check_packages, repeat_step, run_file, store_half, to_onnx
@@ -48,6 +48,7 @@ class Config:
         require(self, "num_steps", self.num_steps >= 1, "at least 1")
         require(self, "num_steps", self.num_steps == 1 or self.form == "sampler", "left out with --form step, which is one")
         require(self, "target", Path(self.target).suffix in (".onnx", ".pt2"), "a name that ends in .onnx or .pt2")
+        check_file(self, "target")
         require(self, "guidance_input", not self.guidance_input or self.guidance_scale is None, "False with --guidance-scale")
         require(self, "half", not self.half or self.target.endswith(".onnx"), "False for .pt2")
 

@@ -21,7 +21,7 @@ import tyro
 
 from models.foreign import choose_preset, read_shapes, translate, unwrap
 from utils.checkpoints import write_weights
-from utils.config import check_writable, parse_config, require
+from utils.config import check_file, check_writable, parse_config, require
 from utils.data import NAMES
 from utils.errors import run_script
 from utils.foreign import read_state
@@ -48,6 +48,7 @@ class Config:
         require(self, "time_scale", 0 < self.time_scale < math.inf, "above 0")
         require(self, "num_heads", self.num_heads is None or self.num_heads >= 1, "at least 1, or None")
         require(self, "target", self.target.endswith(".safetensors"), "a file name that ends in .safetensors")
+        check_file(self, "target")
 
 
 def read_classes(file: str | None, num_classes: int) -> list[str]:
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if target.exists() and not cfg.replace:
         raise ValueError(f"{target} exists; use --replace True to overwrite it")
     check_writable(target)
-    if target.exists() and target.samefile(cfg.source):
+    if target.exists() and Path(cfg.source).exists() and target.samefile(cfg.source):
         raise ValueError(f"{target} is the source itself; name another file to write")
     require(cfg, "data", cfg.data in (None, *NAMES) or Path(cfg.data).exists(), f"{', '.join(NAMES)}, a path that is there, or left out")
     found, entry = read_state(cfg.source)

@@ -21,7 +21,7 @@ from torch import Tensor
 from models import build_network
 from utils.autoencoder import without_source
 from utils.checkpoints import load_network, read_weights, resolve_weights, save_model_folder, weights_id, write_weights
-from utils.config import check_writable, is_vacant, parse_config, place, public, require
+from utils.config import check_file, check_writable, is_vacant, parse_config, place, public, require
 from utils.errors import run_script
 from utils.model_card import model_card
 
@@ -36,7 +36,8 @@ class Config:
     mean_with: tuple[str, ...] = ()                         # more runs or files, trained on from the same network: write the mean of all
 
     def __post_init__(self) -> None:
-        is_file = self.target.endswith(".safetensors")
+        if is_file := self.target.endswith(".safetensors"):
+            check_file(self, "target")
         for field in ("evaluation", "push"):
             require(self, field, getattr(self, field) is None or not is_file, "left out with a .safetensors target: a file has no card")
         require(self, "push", self.push is None or len(self.push.split("/")) == 2, "of the form user/name")

@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from models import Classifier
 from utils import distributed
 from utils.checkpoints import fingerprint, write_weights
-from utils.config import check_writable, parse_config, require, to_dict
+from utils.config import check_file, check_writable, parse_config, require, to_dict
 from utils.data import Images, check_source, load_held_out, load_images, to_range
 from utils.distributed import Ranks
 from utils.errors import run_script
@@ -63,7 +62,7 @@ class Config:
         require(self, "image_size", self.image_size is None or self.image_size >= 2, "at least 2, or None")
         for field in ("label_smoothing", "min_accuracy"):
             require(self, field, 0 <= getattr(self, field) < 1, "in [0, 1)")
-        require(self, "out", not (self.out and Path(self.out).is_dir()), "a file, not a folder")
+        check_file(self, "out")
 
 
 def shifted(x: Tensor, by: int, draw: torch.Generator) -> Tensor:

@@ -54,3 +54,18 @@ def test_a_folder_that_is_there_must_be_writable_too(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "target")
     with pytest.raises(ValueError, match="may not be written to"):
         check_writable(tmp_path / "target")
+
+
+@pytest.mark.parametrize("script", [export, release, import_teacher])
+def test_a_folder_in_place_of_a_file_is_refused(script, tmp_path):
+    folder = tmp_path / ("a.onnx" if script is export else "a.safetensors")
+    folder.mkdir()
+    more = dict(time_direction="data-at-one") if script is import_teacher else {}
+    with pytest.raises(ValueError, match=f"--target {folder}: must be a file, not a folder"):
+        script.Config("x", str(folder), replace=True, **more)
+
+
+def test_a_source_that_is_not_there_is_told_of_though_the_target_is(tmp_path):
+    (tmp_path / "a.safetensors").touch()
+    with pytest.raises(FileNotFoundError, match=r"^no file nope.pt$"):
+        import_teacher.main(["nope.pt", str(tmp_path / "a.safetensors"), "--replace", "True", "--time-direction", "data-at-one"])

@@ -112,6 +112,12 @@ def check_folder(config: Any, field: str) -> None:
     require(config, field, not any(map(Path.is_file, Path(getattr(config, field) or "", "x").parents)), "a folder, not a file")
 
 
+def check_file(config: Any, field: str) -> None:
+    """Raise ValueError, with the flag, if the field's path is a folder."""
+    value = getattr(config, field)
+    require(config, field, not (value and Path(value).is_dir()), "a file, not a folder")
+
+
 def parse_config(config_class: type[ConfigT], argv: Sequence[str] | None, description: str | None,
                  recipes: Mapping[str, Mapping[str, Any]] | None = None) -> ConfigT:
     """Read a Config from the command line; an unknown flag ends the program with the nearest known one.
