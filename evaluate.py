@@ -263,7 +263,8 @@ def main(argv: Sequence[str] | None = None, config: type[Config] = Config, rows_
         @cache
         def from_teacher(guidance_scale: float) -> TeacherDistance:
             v = guided_velocity(teacher.velocity, teacher.null_class, guidance_scale, tuple(metadata["config"]["guidance_interval"]))
-            return TeacherDistance(partial(sample_velocity, v, num_steps=16, method="heun"), even_labels(32, images), network.shape, ranks)
+            ideal = partial(sample_velocity, v, num_steps=16, method="heun")
+            return TeacherDistance(ideal, even_labels(32, images), network.shape, ranks, cfg.noise_scale)
 
     for name, evaluations, scale, sample in samplers:
         scale = metadata["config"]["guidance_scale"] if scale is None else scale

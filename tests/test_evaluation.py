@@ -16,7 +16,7 @@ from models import Classifier, DiT
 from utils import distributed, evaluation, metrics, report
 from utils.checkpoints import write_weights
 from utils.data import load_held_out, load_images
-from utils.evaluation import Judge, classifier_file, fingerprint, reference_features, residual_map, shuffled, summary
+from utils.evaluation import Judge, TeacherDistance, classifier_file, fingerprint, reference_features, residual_map, shuffled, summary
 
 
 def test_comparing_takes_few_threads(monkeypatch):
@@ -146,6 +146,12 @@ def test_residual_map_vanishes_for_a_consistent_flow_only():
     assert consistent.isnan().sum() == 6 and consistent[~consistent.isnan()].max() < 1e-12
     wrong = residual_map(lambda z, r, t, y: z * (t - r).view(-1, 1, 1, 1), lambda t: eps, y, 4)
     assert wrong[3, 0] > wrong[0, 0] > 0
+
+
+def test_teacher_and_student_start_from_noise_of_the_scale_asked_for():
+    labels, ranks = torch.zeros(500, dtype=torch.long), distributed.start("cpu")
+    plain, larger = (TeacherDistance(lambda z, y: 0 * z, labels, (1, 4, 4), ranks, scale)(lambda z, y: z, 0) for scale in (1, 1.5))
+    assert plain == pytest.approx(1, abs=0.05) and larger == pytest.approx(2.25 * plain)
 
 
 def test_summary():

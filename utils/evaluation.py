@@ -221,10 +221,11 @@ class TeacherDistance:
     Args:
         ideal: the teacher's sampler, many fine steps of it.
         labels: of the samples, (N,); some dozens will do.
+        noise_scale: standard deviation of the noise.
     """
 
-    def __init__(self, ideal: Sample, labels: Tensor, shape: tuple[int, ...], ranks: Ranks):
-        self.ideal, self.labels, self.shape, self.ranks = ideal, labels.to(ranks.device), shape, ranks
+    def __init__(self, ideal: Sample, labels: Tensor, shape: tuple[int, ...], ranks: Ranks, noise_scale: float = 1.0):
+        self.ideal, self.labels, self.shape, self.ranks, self.noise_scale = ideal, labels.to(ranks.device), shape, ranks, noise_scale
         self.goals: dict[int, tuple[Tensor, Tensor]] = {}   # noise and the teacher's images, by seed
 
     @torch.no_grad()
@@ -232,7 +233,8 @@ class TeacherDistance:
         """Mean squared difference, images in [-1, 1], or latents."""
         if seed not in self.goals:
             device = self.ranks.device
-            z = torch.randn(len(self.labels), *self.shape, generator=generator(device, seed, "teacher"), device=device)
+            noise = generator(device, seed, "teacher")
+            z = self.noise_scale * torch.randn(len(self.labels), *self.shape, generator=noise, device=device)
             self.goals[seed] = z, self.ideal(z, self.labels)
         z, goal = self.goals[seed]
         return (sample(z, self.labels) - goal).square().mean().item()
@@ -250,11 +252,10 @@ def residual_map(u: AverageVelocity, z_at: Callable[[Tensor], Tensor], y: Tensor
     """
     result = torch.full((points, points), float("nan"))
     for i in range(points):
-        r = torch.arange(i + 1, device=y.device).repeat_interleave(len(y)) / points     # every r below one t in one batch
-        t = torch.full_like(r, (i + 1) / points)
-        z_t = torch.cat([z_at(t[: len(y)])] * (i + 1))
-        losses = interval_splitting_loss(u, z_t, r, t, torch.full_like(t, 0.5), y.repeat(i + 1))
-        result[i, : i + 1] = losses.view(i + 1, len(y)).mean(1)
+        t = torch.full((len(y),), (i + 1) / points, device=y.device)
+        z_t = z_at(t)
+        for j in range(i + 1):
+            result[i, j] = interval_splitting_loss(u, z_t, torch.full_like(t, j / points), t, torch.full_like(t, 0.5), y).mean()
     return result
 
 
