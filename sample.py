@@ -2,7 +2,7 @@
 
     python sample.py checkpoints/student-mnist.safetensors                              a grid at 1, 2 and 4 steps
     python sample.py results/teacher-mnist --guidance-scale 2.5 --formats grid gif      the newest checkpoint of a run
-    python sample.py checkpoints/student-mnist.safetensors --num-steps 1 --num-images 50000 --formats npz --compile True --bfloat16 True
+    python sample.py checkpoints/student-mnist.safetensors --num-steps 1 --num-images 50000 --formats npz --bfloat16 True
 """
 
 import math

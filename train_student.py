@@ -3,7 +3,6 @@
     python train_student.py                             from the newest CIFAR-10 teacher in results/
     python train_student.py --data photos.zip --image-size 64           from the newest teacher of these images
     python train_student.py --guidance-range 1 3        takes the guidance scale, chosen when it samples, as an input
-    python train_student.py --first-leg self --lam-law uniform --adaptive-power 0 --edge-weight 0        Algorithm 1's legs, lam and loss
 
 The student learns its teacher's guidance, so it samples in 1, 2 or 4 evaluations whatever the scale.
 docs/method.md explains targets, their legs and lam.

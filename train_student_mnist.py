@@ -2,7 +2,6 @@
 
     python train_student_mnist.py                       from the newest MNIST teacher in results/, else the released one
     python train_student_mnist.py --data digits         the same on the small digits inside scikit-learn
-    python train_student_mnist.py --first-leg self --lam-law uniform --adaptive-power 0 --edge-weight 0     Algorithm 1's legs, lam and loss
 
 The student learns its teacher's guidance, so it samples in 1, 2 or 4 evaluations whatever the scale.
 docs/method.md explains targets, their legs and lam.

@@ -130,6 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if cfg.cuda_graph and device.type == "cuda" and not cfg.shard:
         forward_backward = Replay(forward_backward, network)
 
+    guided = {scale: guided_velocity(ema.module.velocity, network.null_class, scale) for scale in cfg.guidance_scale}
     # Samples are always drawn from the same noise, so that progress can be watched.
     sample_y = sample_labels(len(images.classes)).to(device)
     sample_z = torch.randn(len(sample_y), *images.shape, generator=generator(device, cfg.seed, "samples"), device=device)
@@ -165,15 +166,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 run.scalars(step, **meter.read(), learning_rate=cfg.lr * lr_factor)     # raises if anything is not finite
             if sampling:
                 with run.paused(), ranks.autocast():
-                    for scale in cfg.guidance_scale:
-                        v = guided_velocity(ema.module.velocity, network.null_class, scale)
+                    for scale, v in guided.items():
                         trajectory = sample_velocity(v, sample_z, sample_y, cfg.sample_steps, trajectory=True)
                         run.images(step, f"cfg{scale}", decode(trajectory[-1]))
                         if scale == sorted(cfg.guidance_scale)[len(cfg.guidance_scale) // 2]:
                             run.gif(step, f"trajectory_cfg{scale}", decode(trajectory))
             if evaluate and (last or step % cfg.eval_every == 0):
                 with run.paused():
-                    guided = {w: guided_velocity(ema.module.velocity, network.null_class, w) for w in cfg.guidance_scale}
                     rows = {f"cfg{w}": partial(sample_velocity, v, num_steps=cfg.sample_steps) for w, v in guided.items()}
                     run.evaluation(step, evaluate(rows), ema.module, metadata)
             if saving:

@@ -195,7 +195,7 @@ class SiT(Transformer):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """All initial weights, in one place; they matter for the interval alone, the rest is loaded."""
+        """All initial weights, in one place; they matter for what a student adds, the rest is loaded."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

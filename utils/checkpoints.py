@@ -265,8 +265,8 @@ def resolve_weights(path: Path | str) -> Path:
 
 
 def start_from(network: nn.Module, path: Path | str) -> dict[str, Any]:
-    """Give a fresh network the EMA weights of another run, but where its classes are fewer or more, or it is told its augmentation and
-    the other was not, the embeddings of these.
+    """Give a fresh network the EMA weights of another run, but where its classes are fewer or more, or one is told its augmentation and
+    the other not, the embeddings of these.
 
     A network that is told its guidance may start from one that is not, and from one that was told other scales; one with extra blocks, or
     with a share of its input, from one without.

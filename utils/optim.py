@@ -23,14 +23,14 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     """
     a, b, c = NEWTON_SCHULZ
     x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
-    wide = x.shape[1] > x.shape[2]
-    if wide:                                                # so that x x^T is the smaller product
+    tall = x.shape[1] > x.shape[2]
+    if tall:                                                # so that x x^T is the smaller product
         x = x.mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if wide else x
+    return x.mT if tall else x
 
 
 class Muon(torch.optim.Optimizer):
