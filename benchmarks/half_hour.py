@@ -112,6 +112,7 @@ def check_images(cfg: Config, student: Any, measured: evaluate.Config) -> None:
 
     Raises:
         FileNotFoundError, ValueError: no judge, or one of other images; held-out images of other classes, or too few images to compare.
+        ModuleNotFoundError: torch-fidelity, which compares them, is not installed.
     """
     data, ranks = originals(measured.data or cfg.data), distributed.start("cpu")
     images = load_data(cfg.data, cfg.data_root, student.image_size, student.num_workers)

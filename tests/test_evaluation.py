@@ -1,6 +1,7 @@
 """The parts of evaluate.py: sets of samples, features that are kept, summaries, the plot."""
 
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -172,6 +173,13 @@ def test_evaluating_on_the_way_needs_more_images_than_features(monkeypatch, tmp_
     monkeypatch.setattr(evaluation, "classifier_judge", lambda *_: judge)
     with pytest.raises(ValueError, match="--eval-every: 1797 images are too few for a distance of 2000 features"):
         evaluation.QuickEvaluation(None, Classifier, load_images("digits"), distributed.start("cpu"), str(tmp_path))
+
+
+def test_a_missing_package_is_told_before_images_are_looked_at(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    monkeypatch.delitem(sys.modules, "torch_fidelity.metric_fid", raising=False)
+    with pytest.raises(ModuleNotFoundError, match="torch_fidelity"):
+        evaluation.QuickEvaluation("nowhere", Classifier, None, None, "nowhere")
 
 
 @pytest.mark.parametrize("distances", [(0.046, 0.041), (0.22, 0.15), (3.0, 0.05)])

@@ -3,6 +3,7 @@
 import importlib
 import json
 import shutil
+import sys
 
 import pytest
 from PIL import Image
@@ -154,6 +155,14 @@ def test_so_are_they_by_inception(flags, monkeypatch, flag, message):
     monkeypatch.setattr(half_hour, "on_each", lambda jobs, keep: pytest.fail("training began"))
     with pytest.raises(ValueError, match=message):
         half_hour.main([*flags[:-1], f"--evaluate-flags=--features inception {flag}"])
+
+
+def test_so_is_a_missing_package(flags, monkeypatch):
+    monkeypatch.setattr(half_hour, "on_each", lambda jobs, keep: pytest.fail("training began"))
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    monkeypatch.delitem(sys.modules, "torch_fidelity.metric_prc", raising=False)
+    with pytest.raises(ModuleNotFoundError, match="torch_fidelity"):
+        half_hour.main(flags)
 
 
 def test_so_is_the_judge_of_the_students_quick_evaluations(flags, monkeypatch):

@@ -144,7 +144,10 @@ def check_counts(judge: Judge, num_images: int, real: Tensor, held_out: Tensor) 
 
     Raises:
         ValueError: fewer samples, training images or held-out images.
+        ModuleNotFoundError: torch-fidelity is not installed.
     """
+    import torch_fidelity.metric_prc  # noqa: F401 - slow to import, and first needed when all samples are drawn
+
     least = judge(real[:2]).features.shape[1] + 1
     if num_images < least:
         raise ValueError(f"--num-images {num_images}: must be at least {least}: one more than the judge has features")
@@ -277,10 +280,13 @@ class QuickEvaluation:
 
     Raises:
         ValueError: the training split has too few images.
+        ModuleNotFoundError: torch-fidelity is not installed.
     """
 
     def __init__(self, classifier: str | None, network_class: Callable[..., nn.Module], images: Images | Latents, ranks: Ranks,
                  results_dir: str):
+        import torch_fidelity.metric_fid  # noqa: F401 - slow to import, and first needed in the midst of a training
+
         self.judge, self.ranks, self.shape = quick_judge(classifier, network_class, images, ranks), ranks, images.shape
         self.labels = even_labels(QUICK_IMAGES, images)
         self.reference = reference_features(self.judge, shuffled(images)[0], Path(results_dir, "features")) if ranks.is_main else None
