@@ -308,13 +308,21 @@ def test_loose_images_beside_class_folders(class_folders):
     refused(class_folders, r"mixes class folders and loose images \(zebra\.png\)")
 
 
-@pytest.mark.parametrize("splits", [("train", "test"), ("train", "val"), ("Train", "Validation", "Test")])
+@pytest.mark.parametrize("splits", [("train", "test"), ("train", "val"), ("Train", "Validation", "Test"), ("Training", "Testing"),
+                                    ("training_set", "test_set"), ("trainset", "Eval-Set", "dev set"), ("train", "development", "test")])
 def test_splits_are_no_classes(tmp_path, splits):
     """The message offers the training split."""
     for split in splits:
         save(tmp_path / split / "cat/1.png", photo(0))
     message = refused(tmp_path, "splits and not classes")
     assert message.endswith(f"use --data {tmp_path / splits[0]}")
+
+
+@pytest.mark.parametrize("classes", [["cat", "dev"], ["sun set", "test"], ["set", "valid"], ["trainer", "training"]])
+def test_a_class_may_be_called_like_a_split(tmp_path, classes):
+    for name in classes:
+        save(tmp_path / name / "1.png", photo(0))
+    assert load_folder(tmp_path, 8, 1)[2] == classes
 
 
 @pytest.mark.parametrize("in_zip", [False, True], ids=["folder in a folder", "zip"])

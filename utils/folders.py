@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import zipfile
 import zlib
 from collections import deque
@@ -19,7 +20,7 @@ from tqdm import tqdm
 # Gray from 0 to 65535, by format and Pillow's mode; Pillow scales PPM and JPEG 2000 to that. Others are signed, floats or of 32 bits.
 SIXTEEN_BITS = {("PNG", "I;16"), ("PNG", "I"), ("PPM", "I"), ("JPEG2000", "I;16"), ("TIFF", "I;16"), ("TIFF", "I;16B")}
 UNSIGNED_TIFF = (16,), 1                                    # tags: not of 12 bits, and 0 is black
-SPLITS = {"train", "test", "val", "valid", "validation"}
+SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "development", "eval", "evaluation"}
 
 
 def list_images(path: Path, flag: str) -> tuple[list[str], Callable[[str], bytes]]:
@@ -62,6 +63,12 @@ def list_images(path: Path, flag: str) -> tuple[list[str], Callable[[str], bytes
     raise ValueError(f"{flag} {path} is neither a folder nor a zip file of images")
 
 
+def split_of(name: str) -> str | None:
+    """The split that a folder's name means: "test" for Test, test_set and testset; None for any other name."""
+    name = re.sub(r"[ _-]?set$", "", name.lower())
+    return name if name in SPLITS else None
+
+
 def split_classes(path: Path, names: list[str], flag: str) -> tuple[list[str], list[int]]:
     """Class names and one label a file. Files in no folder have no class: ([], zeros).
 
@@ -81,8 +88,8 @@ def split_classes(path: Path, names: list[str], flag: str) -> tuple[list[str], l
         loose = next(name for name, p in zip(names, parts) if len(p) == 1)
         raise ValueError(f"{flag} {path} mixes class folders and loose images ({loose}); put every image into a class folder, or none")
     classes = sorted({p[0] for p in parts})
-    if len(classes) > 1 and {name.lower() for name in classes} <= SPLITS:
-        train = next((name for name in classes if name.lower() == "train"), classes[0])
+    if len(classes) > 1 and all(map(split_of, classes)):    # one beside other names may be a class
+        train = next((name for name in classes if split_of(name) in ("train", "training")), classes[0])
         remedy = f"use {flag} {passed / train}" if path.is_dir() else f"zip only the folder {train}"
         raise ValueError(f"{flag} {path} holds {' and '.join(classes)}, which are splits and not classes; {remedy}")
     numbers = {name: i for i, name in enumerate(classes)}
