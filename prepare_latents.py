@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     autoencoder = Autoencoder(cfg.autoencoder, ranks.device)
     description, out = describe(cfg, folder, autoencoder), Path(cfg.out)
     latents.begin(out, description)
+    if ranks.is_main and folder.left_out:
+        print(f"note: SOURCE {cfg.source}: files that Pillow does not read as images were left out: {folder.left_out}")
     ranks.wait()                                            # every rank has checked before the main one writes
     if ranks.is_main and not latents.is_latents(out):
         out.mkdir(parents=True, exist_ok=True)

@@ -143,6 +143,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if cfg.held_out:
         check_source(cfg.held_out, "--held-out")
     images = load_images(cfg.data, cfg.data_root, cfg.image_size, cfg.num_workers, check=check)
+    if images.left_out:
+        print(f"note: --data {cfg.data}: files that Pillow does not read as images were left out: {images.left_out}")
     images, held_out = load_held_out(images, cfg.held_out, cfg.data_root, cfg.num_workers)
     if len(held_out) == 0:
         raise ValueError(f"--data {cfg.data}: of {len(images)} images a tenth is none, and the accuracy is measured on that; name others "

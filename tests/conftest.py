@@ -2,6 +2,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from own_images import photo
+from own_images import save as save_image
 from photos import make_photo_latents
 from runs import COMMON, TEACHER
 from saved import save
@@ -72,3 +74,17 @@ def three(tmp_path) -> Path:
 def photo_latents(tmp_path_factory) -> Path:
     """See `make_photo_latents`: photos, autoencoder, prepared."""
     return make_photo_latents(tmp_path_factory.mktemp("latents"))
+
+
+@pytest.fixture
+def class_folders(tmp_path) -> Path:
+    for i, name in enumerate(("cat/1.png", "cat/2.png", "dog/1.png", "owl/young/3.png")):
+        save_image(tmp_path / "photos" / name, photo(i))
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def loose_images(tmp_path) -> Path:
+    for i in range(3):
+        save_image(tmp_path / "photos" / f"{i}.png", photo(i))
+    return tmp_path / "photos"

@@ -10,21 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from own_images import photo, read_folder, save, zipped
 from PIL import Image, features
 
 from utils.data import load_images
-from utils.folders import load_folder
 
 RED, GREEN, BLUE, GRAY = (220, 20, 40), (20, 200, 60), (30, 60, 210), (128, 128, 128)
 
 
 def flat(colour, size=(24, 24), mode="RGB"):
     return Image.new("RGB", size, colour).convert(mode)
-
-
-def save(path: Path, image: Image.Image, **options) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, **options)
 
 
 def rotated_jpeg(path: Path) -> None:
@@ -44,36 +39,6 @@ def centre(pixels):
     return pixels[:, pixels.shape[1] // 2, pixels.shape[2] // 2].tolist()
 
 
-def zipped(path: Path, folder: Path, top: str = "", clutter: bool = False) -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
-        for file in sorted(folder.rglob("*"), reverse=True):                    # in another order than the sorted one
-            archive.write(file, f"{top}{file.relative_to(folder)}")
-            if clutter and file.is_file():
-                archive.writestr(f"__MACOSX/{top}{file.relative_to(folder).parent}/._{file.name}", b"no image")
-        if clutter:
-            archive.writestr(f"{top}.DS_Store", b"no image")
-    return path
-
-
-def photo(seed: int, size=(20, 12)) -> Image.Image:
-    draw = np.random.default_rng(seed)
-    return Image.fromarray(draw.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
-
-
-@pytest.fixture
-def class_folders(tmp_path) -> Path:
-    for i, name in enumerate(("cat/1.png", "cat/2.png", "dog/1.png", "owl/young/3.png")):
-        save(tmp_path / "photos" / name, photo(i))
-    return tmp_path / "photos"
-
-
-@pytest.fixture
-def loose_images(tmp_path) -> Path:
-    for i in range(3):
-        save(tmp_path / "photos" / f"{i}.png", photo(i))
-    return tmp_path / "photos"
-
-
 # A user's own images.
 
 def test_mixed_formats_in_class_folders(tmp_path):
@@ -88,7 +53,7 @@ def test_mixed_formats_in_class_folders(tmp_path):
     gray16(np.full((24, 24), 0x4321), tmp_path / "c/deep.png")
     rotated_jpeg(tmp_path / "d/turned.jpeg")
 
-    pixels, labels, classes = load_folder(tmp_path, 8, 2)
+    pixels, labels, classes = read_folder(tmp_path, 8, 2)
     assert classes == ["a", "b", "c", "d"] and labels.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 3]
     expected = [BLUE, GREEN, BLUE, GRAY, RED, (255,) * 3, (0x43,) * 3, (127,) * 3]             # 10.bmp, 3.webp, 4.gif, ...
     for image, colour in zip(pixels, expected):
@@ -106,14 +71,14 @@ def test_one_channel_if_every_image_is_gray(tmp_path, name):
     else:
         save(tmp_path / name, flat((255, 255, 255), mode=mode))
     save(tmp_path / "y.png", flat(GRAY, mode="L"))
-    pixels, _, _ = load_folder(tmp_path, 8, 2)
+    pixels, _, _ = read_folder(tmp_path, 8, 2)
     assert pixels.shape[1] == 1 and pixels[0].min() == 255 and pixels[1].unique().tolist() == [128]
 
 
 def test_three_channels_if_one_image_has_colour(tmp_path):
     save(tmp_path / "a.png", flat(GRAY, mode="L"))
     save(tmp_path / "b.png", flat(RED))
-    pixels, _, _ = load_folder(tmp_path, 8, 2)
+    pixels, _, _ = read_folder(tmp_path, 8, 2)
     assert pixels[:, :, 4, 4].tolist() == [list(GRAY), list(RED)]
 
 
@@ -129,7 +94,7 @@ def test_linked_class_folder(class_folders, tmp_path):
     (tmp_path / "linked").mkdir()
     for folder in class_folders.iterdir():
         (tmp_path / "linked" / folder.name).symlink_to(folder, target_is_directory=True)
-    one, other = load_folder(class_folders, 8, 1), load_folder(tmp_path / "linked", 8, 1)
+    one, other = read_folder(class_folders, 8, 1), read_folder(tmp_path / "linked", 8, 1)
     assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1]) and one[2] == other[2]
 
 
@@ -140,7 +105,7 @@ def test_zip_with_backslashes_and_a_folder_that_ends_like_an_image(class_folders
             info = zipfile.ZipInfo("x")
             info.filename = str(file.relative_to(class_folders)).replace("/", "\\")
             archive.writestr(info, file.read_bytes())
-    one, other = load_folder(class_folders, 8, 1), load_folder(tmp_path / "photos.zip", 8, 1)
+    one, other = read_folder(class_folders, 8, 1), read_folder(tmp_path / "photos.zip", 8, 1)
     assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1]) and one[2] == other[2]
 
 
@@ -148,7 +113,7 @@ def test_transparent_palette_shows_white(tmp_path):
     image = Image.new("P", (24, 24), 0)
     image.putpalette([*RED, *GREEN])
     save(tmp_path / "a.png", image, transparency=0)
-    assert centre(load_folder(tmp_path, 8, 1)[0][0]) == [255]       # white alone is gray
+    assert centre(read_folder(tmp_path, 8, 1)[0][0]) == [255]       # white alone is gray
 
 
 @pytest.mark.parametrize("size", [(90, 30), (30, 90)])
@@ -157,7 +122,7 @@ def test_centre_crop(tmp_path, size):
     image = flat(RED, size)
     image.paste(BLUE, (30, 0, 60, 30) if size[0] > 30 else (0, 30, 30, 60))
     save(tmp_path / "a.png", image)
-    pixels, _, _ = load_folder(tmp_path, 10, 1)
+    pixels, _, _ = read_folder(tmp_path, 10, 1)
     assert pixels.shape == (1, 3, 10, 10)
     assert centre(pixels[0]) == pytest.approx(list(BLUE), abs=3)
     assert (pixels[0] - torch.tensor(BLUE).view(3, 1, 1)).abs().max() < 30
@@ -175,17 +140,17 @@ def test_folder_without_classes(loose_images):
 
 
 def test_files_that_are_no_images_are_passed_over(loose_images):
-    pixels, _, _ = load_folder(loose_images, 8, 1)
+    pixels, _, _ = read_folder(loose_images, 8, 1)
     for name in ("notes.txt", ".hidden.png", ".thumbnails/0.png", "__MACOSX/._0.png"):
         (loose_images / name).parent.mkdir(exist_ok=True)
         (loose_images / name).write_text("no image")
-    assert torch.equal(load_folder(loose_images, 8, 1)[0], pixels)
+    assert torch.equal(read_folder(loose_images, 8, 1)[0], pixels)
 
 
 def test_a_pdf_is_no_image(loose_images):
     """Pillow writes PDF but does not read it."""
     (loose_images / "paper.pdf").write_bytes(b"%PDF-1.4")
-    assert len(load_folder(loose_images, 8, 1)[0]) == 3
+    assert len(read_folder(loose_images, 8, 1)[0]) == 3
 
 
 @pytest.mark.parametrize("clutter", [False, True], ids=["clean", "clutter"])
@@ -194,15 +159,15 @@ def test_a_pdf_is_no_image(loose_images):
 def test_zip_is_the_same_as_its_folder(request, tmp_path, kind, top, clutter):
     folder = request.getfixturevalue(kind)
     archive = zipped(tmp_path / "photos.zip", folder, top, clutter)
-    pixels, labels, classes = load_folder(folder, 8, 2)
-    found_pixels, found_labels, found_classes = load_folder(archive, 8, 2)
+    pixels, labels, classes = read_folder(folder, 8, 2)
+    found_pixels, found_labels, found_classes = read_folder(archive, 8, 2)
     assert torch.equal(found_pixels, pixels)
     assert torch.equal(found_labels, labels)
     assert found_classes == classes
 
 
 def test_number_of_threads_does_not_matter(class_folders):
-    one, many = load_folder(class_folders, 8, 1), load_folder(class_folders, 8, 8)
+    one, many = read_folder(class_folders, 8, 1), read_folder(class_folders, 8, 8)
     assert torch.equal(one[0], many[0]) and torch.equal(one[1], many[1])
 
 
@@ -216,7 +181,9 @@ def refused(path, match, size=8):
 
 def test_empty_folder(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
-    refused(tmp_path, f"--data {re.escape(str(tmp_path))} holds no image.*png")
+    refused(tmp_path, f"--data {re.escape(str(tmp_path))} holds no image.*png.*; it holds 1 .txt")
+    (tmp_path / "1.heic").write_text("no image")
+    refused(tmp_path, r"it holds 1 .heic, 1 .txt")
 
 
 def test_neither_folder_nor_zip(tmp_path):
@@ -277,7 +244,7 @@ def test_a_link_that_leads_back_is_refused(class_folders, tmp_path, link, target
     for path in (class_folders, "photos", "photos/../photos"):
         refused(path, f"--data {re.escape(str(path))}: the link {re.escape(str(path))}/{named} leads to a folder that it is in")
     (class_folders / link).rename(class_folders / ".hidden")
-    assert len(load_folder(class_folders, 8, 1)[0]) == 4
+    assert len(read_folder(class_folders, 8, 1)[0]) == 4
 
 
 @pytest.mark.parametrize("link", ["eel", "cat/3.png"], ids=["class folder", "image"])
@@ -286,7 +253,7 @@ def test_a_link_that_leads_nowhere_is_refused(class_folders, link):
     (class_folders / link).symlink_to("/nowhere")
     refused(class_folders, f"the link {re.escape(str(class_folders / link))} leads nowhere")
     (class_folders / link).rename(class_folders / ".hidden")
-    assert len(load_folder(class_folders, 8, 1)[0]) == 4
+    assert len(read_folder(class_folders, 8, 1)[0]) == 4
 
 
 def test_a_folder_that_cannot_be_listed_is_no_empty_one(class_folders, monkeypatch):
@@ -298,9 +265,9 @@ def test_a_folder_that_cannot_be_listed_is_no_empty_one(class_folders, monkeypat
 
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(PermissionError, match="photos/dog"):
-        load_folder(class_folders, 8, 1)
+        read_folder(class_folders, 8, 1)
     (class_folders / "dog").rename(class_folders / "lost+found")
-    assert load_folder(class_folders, 8, 1)[2] == ["cat", "owl"]
+    assert read_folder(class_folders, 8, 1)[2] == ["cat", "owl"]
 
 
 def test_loose_images_beside_class_folders(class_folders):
@@ -322,7 +289,7 @@ def test_splits_are_no_classes(tmp_path, splits):
 def test_a_class_may_be_called_like_a_split(tmp_path, classes):
     for name in classes:
         save(tmp_path / name / "1.png", photo(0))
-    assert load_folder(tmp_path, 8, 1)[2] == classes
+    assert read_folder(tmp_path, 8, 1)[2] == classes
 
 
 @pytest.mark.parametrize("in_zip", [False, True], ids=["folder in a folder", "zip"])

@@ -98,6 +98,23 @@ def test_a_place_where_nothing_may_be_written_is_told_then_too(tmp_path, monkeyp
         train_teacher.main(["--data", "digits", "--device", "cpu", "--results-dir", str(tmp_path)])
 
 
+def test_what_is_learned_from_and_what_is_left_out_are_told(tmp_path, capsys):
+    """Also of a class whose name is not UTF-8."""
+    own = ["--steps", "1", "--global-batch-size", "4", "--comet", "off", "--device", "cpu", "--image-size", "8", "--model", "DiT-Nano/4",
+           "--sample-steps", "1", "--results-dir", str(tmp_path / "results")]
+    data = make_images(tmp_path / "photos", ["ant", "caf\udce9"], 1)
+    (data / "dog").mkdir()
+    (data / "dog/1.HEIC").touch()
+    train_teacher.main(["--data", str(data), *own])
+    said = capsys.readouterr().out
+    for text in (r"2 images of 2 classes (ant, caf\udce9)", f"note: --data {data}: files that Pillow does not read as images were left "
+                 "out: 1 .heic\n"):
+        assert said.count(text) == 1 and (tmp_path / "results/teacher-photos/log.txt").read_text().count(text) == 1
+    make_images(tmp_path / "loose/top", [""], 2)
+    train_teacher.main(["--data", str(tmp_path / "loose/top"), *own, "--guidance-scale", "1"])
+    assert "2 images without classes\n" in (said := capsys.readouterr().out) and "left out" not in said
+
+
 def test_a_torn_config_is_named_before_anything_is_written(tmp_path):
     file = tmp_path / "teacher-digits/config.json"
     file.parent.mkdir()

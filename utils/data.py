@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from utils.checkpoints import fingerprint
 from utils.distributed import Ranks
-from utils.folders import load_folder
+from utils.folders import load_folder, open_folder
 from utils.latents import Latents, is_latents, load_latents, originals
 from utils.locks import lock_if_possible
 from utils.recipes import NAMES
@@ -31,6 +31,7 @@ class Images:
 
     name: one of `NAMES`, or a path. pixels: (N, C, H, H) uint8. labels: (N,) long. classes: their names; empty for an unconditional
     set, whose labels are all 0, which is then the null class. flip: whether an image's mirror image belongs to the data too.
+    left_out: files of a path that were not read, by their endings, in words.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Images:
     labels: Tensor
     classes: list[str]
     flip: bool
+    left_out: str = ""
     autoencoder: ClassVar[None] = None                      # `utils.latents.Latents`, which may stand here too, has one
 
     def __len__(self) -> int:
@@ -147,15 +149,19 @@ def load_images(data: str, data_root: str = "data", image_size: int | None = Non
         ValueError: an unknown name, no images, an unreadable image, no network, or latents.
     """
     check_source(data, flag)
+    left_out = ""
     if data in NAMES:
         pixels, labels, classes = load_digits() if data == "digits" else load_torchvision(data, data_root)
         check(classes)
     else:
-        pixels, labels, classes = load_folder(Path(data), image_size or PATH_SIZE, num_workers, check, flag)
+        folder = open_folder(Path(data), flag)
+        labels, classes, left_out = torch.tensor(folder.labels), folder.classes, folder.left_out
+        check(classes)
+        pixels = load_folder(folder, image_size or PATH_SIZE, num_workers)
     pixels = resize(pixels, image_size or pixels.shape[-1])
     if num_channels == 3 and pixels.shape[1] == 1:
         pixels = pixels.expand(-1, 3, -1, -1)
-    return Images(data, pixels, labels, classes, flip=data not in ("mnist", "digits"))
+    return Images(data, pixels, labels, classes, data not in ("mnist", "digits"), left_out)
 
 
 def load_data(data: str, data_root: str = "data", image_size: int | None = None, num_workers: int = 4,

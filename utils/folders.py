@@ -5,7 +5,7 @@ import os
 import re
 import zipfile
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,8 +23,9 @@ UNSIGNED_TIFF = (16,), 1                                    # tags: not of 12 bi
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "development", "eval", "evaluation"}
 
 
-def list_images(path: Path, flag: str) -> tuple[list[str], Callable[[str], bytes]]:
-    """Names (relative, with slashes, sorted) of all image files in a folder or zip, and a function that reads one.
+def list_images(path: Path, flag: str) -> tuple[list[str], list[str], Callable[[str], bytes]]:
+    """Names (relative, with slashes, sorted) of all image files in a folder or zip, those of its other files that are not hidden, and a
+    function that reads one.
 
     Raises:
         ValueError: the path is neither a folder nor a zip file, or a link in it leads back up or nowhere.
@@ -35,8 +36,10 @@ def list_images(path: Path, flag: str) -> tuple[list[str], Callable[[str], bytes
     def is_hidden(name: str) -> bool:
         return name.startswith((".", "__MACOSX")) or name == "lost+found"       # of a disk; only root may list it
 
-    def is_image(name: str) -> bool:
-        return PurePosixPath(name).suffix.lower() in formats and not any(map(is_hidden, PurePosixPath(name).parts))
+    def sort(names: list[str]) -> tuple[list[str], list[str]]:
+        names = sorted(name for name in names if not any(map(is_hidden, PurePosixPath(name).parts)))
+        images = [name for name in names if PurePosixPath(name).suffix.lower() in formats]
+        return images, sorted({*names} - {*images})
 
     def fail(error: OSError) -> None:                       # os.walk would pass over the folder
         raise error
@@ -54,12 +57,12 @@ def list_images(path: Path, flag: str) -> tuple[list[str], Callable[[str], bytes
                     names.append(file.relative_to(path).as_posix())
                 elif file.is_symlink():
                     raise ValueError(f"{flag} {path}: the link {file} leads nowhere; bring back the images that it led to, or remove it")
-        return sorted(filter(is_image, names)), lambda name: (path / name).read_bytes()
+        return *sort(names), lambda name: (path / name).read_bytes()
     if zipfile.is_zipfile(path):
         archive = zipfile.ZipFile(path)                     # ZipFile locks its reads, so threads may share it
         # Some programs of Windows write backslashes; a folder may end like an image.
         members = {info.filename.replace("\\", "/"): info for info in archive.infolist() if not info.is_dir()}
-        return sorted(filter(is_image, members)), lambda name: archive.read(members[name])
+        return *sort(list(members)), lambda name: archive.read(members[name])
     raise ValueError(f"{flag} {path} is neither a folder nor a zip file of images")
 
 
@@ -94,6 +97,21 @@ def split_classes(path: Path, names: list[str], flag: str) -> tuple[list[str], l
         raise ValueError(f"{flag} {path} holds {' and '.join(classes)}, which are splits and not classes; {remedy}")
     numbers = {name: i for i, name in enumerate(classes)}
     return classes, [numbers[p[0]] for p in parts]
+
+
+def left_out(others: list[str]) -> str:
+    """How many files are not read, by their endings, in words; "" if none. others: see `list_images`."""
+    endings = Counter(PurePosixPath(name).suffix.lower() or "without ending" for name in others)
+    return few([f"{count} {ending}" for ending, count in endings.most_common()])
+
+
+def counted(number: int, thing: str, plural: str = "s") -> str:
+    return f"{number} {thing}{plural * (number != 1)}"
+
+
+def few(names: Sequence[str], most: int = 5) -> str:
+    """The first of some names, as a list in words."""
+    return ", ".join([*names[:most], *["..."] * (len(names) > most)])
 
 
 def decode(name: str, content: bytes, size: int) -> tuple[np.ndarray, bool]:
@@ -134,6 +152,7 @@ class ImageFolder:
     """The images of a folder or zip, listed but not read; see `open_folder`.
 
     names: sorted. read: one file's bytes. labels: one a file. classes: their names, none for an unconditional set.
+    left_out: files that are not read, in words.
     """
 
     path: Path
@@ -141,6 +160,7 @@ class ImageFolder:
     read: Callable[[str], bytes]
     classes: list[str]
     labels: list[int]
+    left_out: str = ""
 
     def load(self, indices: range, size: int) -> tuple[np.ndarray, bool]:
         """RGB uint8 (len(indices), size, size, 3), and whether all of them are gray.
@@ -184,28 +204,19 @@ def open_folder(path: Path, flag: str) -> ImageFolder:
     Raises:
         ValueError: no images, or a layout that is not understood.
     """
-    names, read = list_images(path, flag)
+    names, others, read = list_images(path, flag)
     if not names:
-        raise ValueError(f"{flag} {path} holds no image that Pillow knows by its ending (.png, .jpg, .webp, ...)")
-    return ImageFolder(path, names, read, *split_classes(path, names, flag))
+        raise ValueError(f"{flag} {path} holds no image that Pillow knows by its ending (.png, .jpg, .webp, ...)"
+                         + (f"; it holds {left_out(others)}" if others else ""))
+    return ImageFolder(path, names, read, *split_classes(path, names, flag), left_out(others))
 
 
-def load_folder(path: Path, image_size: int, num_workers: int, check: Callable[[list[str]], None] = lambda classes: None,
-                flag: str = "--data") -> tuple[Tensor, Tensor, list[str]]:
-    """All images of a folder or zip, with one channel if every image is gray and three otherwise.
-
-    Args:
-        check: gets the class names before any image is decoded, to raise if they are not what is needed.
-        flag: what the path was given as, for the errors.
-
-    Returns:
-        pixels (N, C, image_size, image_size) uint8, labels (N,) long, class names (none for an unconditional set).
+def load_folder(folder: ImageFolder, image_size: int, num_workers: int) -> Tensor:
+    """All images, (N, C, image_size, image_size) uint8, with one channel if every image is gray and three otherwise.
 
     Raises:
-        ValueError: no images, an unreadable one (named), or a layout that is not understood.
+        ValueError: one cannot be read; names it.
     """
-    folder = open_folder(path, flag)
-    check(folder.classes)
     chunks = chunked(range(len(folder.names)), 64)          # small images: a task for each would cost more than they do
     pixels, all_gray = np.empty((len(folder.names), image_size, image_size, 3), np.uint8), True
     parts = zip(chunks, folder.stream(chunks, image_size, num_workers))
@@ -213,6 +224,4 @@ def load_folder(path: Path, image_size: int, num_workers: int, check: Callable[[
         pixels[chunk.start : chunk.stop] = part
         all_gray = all_gray and gray
     pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-    if all_gray:
-        pixels = pixels[:, :1].clone()
-    return pixels, torch.tensor(folder.labels), folder.classes
+    return pixels[:, :1].clone() if all_gray else pixels

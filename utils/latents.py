@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -66,6 +66,7 @@ class Latents:
     classes: list[str]
     image_size: int
     autoencoder: dict[str, Any]
+    left_out: ClassVar[str] = ""                            # prepare_latents.py has said it
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -5,7 +5,6 @@
 """
 
 import json
-import logging
 import os
 import platform
 import shutil
@@ -25,9 +24,11 @@ from tqdm import tqdm
 
 from utils import distributed
 from utils.checkpoints import read_latest, read_metadata, save_checkpoint, step_folders, write_weights
+from utils.comet import start_comet
 from utils.config import check_writable, to_dict, write_json, write_text
 from utils.data import Images
 from utils.distributed import Ranks, device_name
+from utils.folders import counted, few
 from utils.interrupt import StopRequest
 from utils.json_lines import add_line, read_lines
 from utils.latents import Latents
@@ -96,7 +97,7 @@ class Run:
         self.description |= {"images": len(images), "classes": images.classes, "fingerprint": images.fingerprint()}
         check_images(self.folder, self.began, self.description)
         check_judge(self.folder, judge)
-        self.judge = judge
+        self.judge, self.left_out = judge, images.left_out
 
     def latest(self, names: Sequence[str], teacher_id: str = "0") -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
         """The newest good checkpoint, see `utils.checkpoints.read_latest`; every rank reads it.
@@ -146,7 +147,11 @@ class Run:
             self.comet = start_comet(self.config.comet, self.folder, self.name, self.note)
             if self.comet:
                 self.comet.log_parameters(self.description)
-            self.note(f"run folder {self.folder}, on {ran_on['device']}" + (f", going on after step {step}" if step else ""))
+            count, classes = counted(self.description["images"], "image"), self.description["classes"]
+            known = f"of {counted(len(classes), 'class', 'es')} ({few(classes)})" if classes else "without classes"
+            self.note(f"run folder {self.folder}, on {ran_on['device']}, {count} {known}" + f", going on after step {step}" * bool(step))
+            if self.left_out:
+                self.note(f"note: --data {self.config.data}: files that Pillow does not read as images were left out: {self.left_out}")
             self.bar = tqdm(total=self.config.steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
         self.seconds_before, self.opened, self.logged = seconds, time.monotonic(), (step, time.monotonic())
 
@@ -171,7 +176,8 @@ class Run:
         return self.config.max_minutes is not None and time.monotonic() - self.opened > 60 * self.config.max_minutes
 
     def note(self, text: str) -> None:
-        """A line for people: to the terminal and to log.txt."""
+        """A line for people: to the terminal and to log.txt. A class's name, which is its folder's, need not be UTF-8."""
+        text = text.encode("utf-8", "backslashreplace").decode()
         if self.ranks.is_main:
             with suppress(OSError):                         # of a terminal that was closed; what is left is to save
                 tqdm.write(text)
@@ -288,33 +294,3 @@ class Run:
         self.note(f"saved after {step} of {self.config.steps} updates; the same command goes on")
         if stop:
             sys.exit(128 + stop.signal_number)
-
-
-def start_comet(mode: str, folder: Path, name: str, note: Any) -> Any:
-    """A comet.com experiment: online if a key is configured and mode is "auto", otherwise an archive in `folder`/comet.
-
-    Returns:
-        The experiment, or None if mode is "off", or if comet_ml is not installed and mode is "auto".
-    """
-    if mode == "off":
-        return None
-    try:
-        import comet_ml  # slow to import, and optional
-    except ModuleNotFoundError:
-        if mode == "offline":
-            raise ValueError("--comet offline: comet_ml is not installed; install it or use --comet off") from None
-        note("comet_ml is not installed: metrics go to the run folder only")
-        return None
-    logging.getLogger("comet_ml").setLevel(logging.ERROR)   # it has many notices
-    online = mode == "auto" and bool(comet_ml.config.get_config("comet.api_key"))
-    (folder / "comet").mkdir(exist_ok=True)
-    settings = comet_ml.ExperimentConfig(
-        name=name, offline_directory=str(folder / "comet"), log_code=False, log_graph=False, log_git_patch=False, parse_args=False,
-        auto_param_logging=False, auto_metric_logging=False, auto_output_logging=False, auto_log_co2=False, display_summary_level=0,
-        log_env_details=False,
-    )
-    experiment = comet_ml.start(online=online, project_name="splitmeanflow", experiment_config=settings)
-    if online and not experiment.alive:
-        note("comet.com cannot be reached or refuses the key: writing an offline archive instead")
-        experiment = comet_ml.start(online=False, project_name="splitmeanflow", experiment_config=settings)
-    return experiment
