@@ -1,8 +1,10 @@
 """Networks by path: from one file, a checkpoint folder, a run."""
 
+import os
 import re
 import shutil
 from functools import partial
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -10,7 +12,7 @@ from saved import NAMES, killed_while_writing, same, save, training, truncate, w
 from torch import nn
 
 from models import DiT
-from utils.checkpoints import CheckpointError, load_network, resolve_weights, save_checkpoint, step_folders
+from utils.checkpoints import CheckpointError, load_network, read_latest, resolve_weights, save_checkpoint, step_folders
 
 
 def test_resolve_weights(tmp_path):
@@ -49,6 +51,22 @@ def test_torn_file_offers_the_previous_one(three, size):
     with pytest.raises(CheckpointError, match=f"{re.escape(str(torn))} is torn.*previous one is {re.escape(str(previous))}$"):
         load_network(three, nn.Linear)
     assert load_network(previous, nn.Linear)[1]["step"] == 2
+
+
+def test_a_missing_file_does_too(three):
+    (three / "step_00000003/ema.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=f"no checkpoint file .*previous one is {re.escape(str(three / 'step_00000002'))}$"):
+        load_network(three, nn.Linear)
+
+
+def test_a_file_that_may_not_be_read_is_not_called_torn(three, monkeypatch):
+    """Nor is it set aside."""
+    file = three / "step_00000003/ema.safetensors"
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != file)            # root may read any
+    for load in (lambda: load_network(three, nn.Linear), lambda: read_latest(three, ["ema"], pytest.fail)):
+        with pytest.raises(PermissionError, match="ema.safetensors may not be read"):
+            load()
+    assert file.exists()
 
 
 def test_torn_first_file_offers_none(three):

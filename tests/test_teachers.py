@@ -36,6 +36,9 @@ def test_newest_teacher_of_the_same_images_and_size(tmp_path):
         find_teacher(None, str(tmp_path), "photos", 48)
     plain.write_bytes(b"torn")
     assert find_teacher(None, str(tmp_path), "photos", 32) == plain         # loading it says so
+    older = teacher_run(tmp_path, "older", 9)
+    plain.unlink()
+    assert find_teacher(None, str(tmp_path), "photos", 32) == older         # a file that is gone is nothing to load
 
 
 @pytest.mark.parametrize(("text", "said"), [('{"stage": "te', "is torn or no JSON"), ("", "is torn"), ("[1]", "holds no JSON object")])

@@ -92,10 +92,13 @@ def opened(path: Path | str) -> Iterator[Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
+        PermissionError: it may not be read.
         CheckpointError: it is torn, or something else.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint file {path}")
+    if not os.access(path, os.R_OK):                        # safetensors would say that it does not exist
+        raise PermissionError(f"{path} may not be read")
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -311,12 +314,12 @@ def load_network(path: Path | str, network_class: Callable[..., nn.Module], devi
         network_class: called with the architecture in the metadata.
 
     Raises:
-        FileNotFoundError, CheckpointError: as above; a torn file's message offers the previous good one of the same run.
+        FileNotFoundError, CheckpointError: as above; if a file is torn or gone, the message offers the run's previous one.
     """
     file = resolve_weights(path)
     try:
         weights, metadata = read_weights(file)
-    except CheckpointError as error:
+    except (CheckpointError, FileNotFoundError) as error:
         earlier = [folder for folder in step_folders(file.parent.parent) if folder < file.parent]
         raise CheckpointError(f"{error}." + (f" The previous one is {earlier[-1]}" if earlier else "")) from error
     try:
