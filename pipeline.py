@@ -67,6 +67,8 @@ class SplitMeanFlowPipeline:
             return cls(network, {key: value for key, value in metadata.items() if key != "architecture"}, autoencoder)
         if not path.exists() and (not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)) or path.suffix == ".safetensors"):
             raise FileNotFoundError(f"no model at {source}; a Hub id has the form user/name")
+        if not path.exists() and (file := path.with_name(f"{path.name}.safetensors")).is_file():
+            raise FileNotFoundError(f"no model at {source}; {file} is there")
         network, config = from_pretrained(source, **hub_arguments)
         if "kind" not in config:
             raise ValueError(f"{source} holds a network alone, without its kind and classes; release.py and save_pretrained of a pipeline "

@@ -179,6 +179,16 @@ def refused(path, match, size=8):
     return str(raised.value)
 
 
+@pytest.mark.parametrize(("at", "said"), [(b"PK\1\2", "photos.zip: Bad magic number.*zip the images again"),
+                                          (b"\x5d\0\0", "cannot read .*photos.zip: cat/1.png: ")], ids=["list", "LZMA"])
+def test_a_damaged_zip(tmp_path, at, said):
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("cat/1.png", bytes(1000))
+    content = (tmp_path / "photos.zip").read_bytes()
+    (tmp_path / "photos.zip").write_bytes(content.replace(at, bytes([255] * len(at)), 1))
+    refused(tmp_path / "photos.zip", said)
+
+
 def test_empty_folder(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     refused(tmp_path, f"--data {re.escape(str(tmp_path))} holds no image.*png.*; it holds 1 .txt")

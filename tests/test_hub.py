@@ -160,6 +160,14 @@ def test_no_such_model(tmp_path):
             SplitMeanFlowPipeline.from_pretrained(source)
 
 
+def test_a_file_without_its_ending_is_not_sought_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("checkpoints").mkdir()
+    Path("checkpoints/a.safetensors").touch()
+    with pytest.raises(FileNotFoundError, match="no model at checkpoints/a; checkpoints/a.safetensors is there"):
+        SplitMeanFlowPipeline.from_pretrained("checkpoints/a")
+
+
 def test_release_keeps_what_is_there(results, folder, tmp_path, monkeypatch):
     run = str(results / "student-digits")
     with pytest.raises(ValueError, match="exists; use --replace True"):

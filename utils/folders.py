@@ -1,6 +1,7 @@
 """A user's own images: a tree of class folders, a folder without classes, or a zip of either, in any format that Pillow reads."""
 
 import io
+import lzma
 import os
 import re
 import zipfile
@@ -59,7 +60,10 @@ def list_images(path: Path, flag: str) -> tuple[list[str], list[str], Callable[[
                     raise ValueError(f"{flag} {path}: the link {file} leads nowhere; bring back the images that it led to, or remove it")
         return *sort(names), lambda name: (path / name).read_bytes()
     if zipfile.is_zipfile(path):
-        archive = zipfile.ZipFile(path)                     # ZipFile locks its reads, so threads may share it
+        try:
+            archive = zipfile.ZipFile(path)                 # it locks its reads, so threads may share it
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{flag} {path}: {error}; zip the images again, or copy the file once more") from error
         # Some programs of Windows write backslashes; a folder may end like an image.
         members = {info.filename.replace("\\", "/"): info for info in archive.infolist() if not info.is_dir()}
         return *sort(list(members)), lambda name: archive.read(members[name])
@@ -172,7 +176,7 @@ class ImageFolder:
         for row, i in enumerate(indices):
             try:
                 content = self.read(self.names[i])
-            except (OSError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:       # RuntimeError: encrypted
+            except (OSError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError) as error:       # RuntimeError: encrypted
                 raise ValueError(f"cannot read {self.path}: {self.names[i]}: {error}") from error
             pixels[row], is_gray = decode(f"{self.path}: {self.names[i]}", content, size)
             gray = gray and is_gray
