@@ -89,7 +89,9 @@ def test_own_images_called_like_a_named_set_have_a_judge_of_their_own(mnist, mon
                            "--device", "cpu"])
     measure(mnist, "--data", str(own), "--held-out", str(own))
     assert "features: classifier-own-mnist-" in capsys.readouterr().out
-    assert classifier_file(None, "photos.zip").name == "classifier-photos.safetensors" and classifier_file("mine", str(own)) == Path("mine")
+    assert classifier_file(None, "photos.zip").name == "classifier-photos.safetensors"
+    assert classifier_file(None, "a/photos.v2/").name == "classifier-photos.v2.safetensors"
+    assert classifier_file("mine", str(own)) == Path("mine")
 
 
 def test_the_order_of_the_files_does_not_matter():
@@ -137,7 +139,11 @@ def test_two_runs_make_features_at_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "replace", other_first)
     assert torch.equal(reference_features(judge, pixels, tmp_path).features, pixels.flatten(1).float())
-    assert len(list(tmp_path.iterdir())) == 1               # nothing half-written is left
+    (file,) = tmp_path.iterdir()                            # nothing half-written is left
+    for size in (0, 100, file.stat().st_size - 10):         # torn ones are made anew
+        file.write_bytes(file.read_bytes()[:size])
+        assert torch.equal(reference_features(judge, pixels, tmp_path).features, pixels.flatten(1).float())
+        assert torch.load(file)["features"].shape == (2, 16)
 
 
 def test_residual_map_vanishes_for_a_consistent_flow_only():

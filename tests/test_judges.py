@@ -2,6 +2,8 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,6 +125,16 @@ def test_training_evaluates_on_its_way_and_keeps_the_best(digits, tmp_path):
     best = min(lines, key=lambda line: line["fd_1step"])
     assert metadata["step"] == best["step"] and metadata["best"]["fd_1step"] == best["fd_1step"]
     assert not (tmp_path / "plain" / "best.safetensors").exists()
+
+
+def test_a_torn_best_is_set_aside(tmp_path):
+    said: list[str] = []
+    run = SimpleNamespace(ranks=SimpleNamespace(is_main=True), folder=tmp_path, judge="judge", comet=None, note=said.append)
+    best = tmp_path / "best.safetensors"
+    best.write_bytes(b"torn")
+    for step, fd in ((1, 0.5), (2, 0.7)):
+        Run.evaluation(run, step, {"fd": fd}, torch.nn.Linear(1, 1), {"kind": "student", "architecture": {}, "classes": [], "config": {}})
+    assert "is torn" in said[1] and Path(f"{best}.bad").read_bytes() == b"torn" and read_weights(best)[1]["best"] == {"fd": 0.5}
 
 
 def test_a_run_keeps_the_judge_that_it_began_with(digits, tmp_path, monkeypatch):

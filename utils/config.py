@@ -201,6 +201,12 @@ def place(path: str | None) -> str | None:
     return path if path is None or path in NAMES else os.path.abspath(path)
 
 
+def short_name(data: str) -> str:
+    """What runs and classifiers of a data set are called by: its own name, or that of the folder or zip that a path leads to."""
+    path = Path(os.path.abspath(data))
+    return path.stem if path.suffix.lower() == ".zip" else path.name
+
+
 def differences(config: dict[str, Any], other: dict[str, Any]) -> list[str]:
     """What in `other` makes it another run: "field: value, was value", for all but `FREE_FIELDS`."""
     def value(values: dict[str, Any], key: str) -> Any:

@@ -4,8 +4,10 @@ import hashlib
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -14,8 +16,8 @@ from torch import Tensor, nn
 
 from utils import metrics
 from utils.autoencoder import NoAutoencoder
-from utils.checkpoints import RELEASED, fingerprint, load_network
-from utils.config import check_writable
+from utils.checkpoints import RELEASED, fingerprint, flush, load_network
+from utils.config import check_writable, short_name
 from utils.data import NAMES, Images, hash_order, to_pixels, to_range
 from utils.distributed import Ranks
 from utils.latents import Latents
@@ -63,7 +65,7 @@ def classifier_file(file: str | None, data: str) -> Path:
 
     Own images that are called like a named data set do not get its classifier, nor take its place.
     """
-    name = Path(data).stem
+    name = short_name(data)
     own = "own-" if name in NAMES and data != name else ""
     return Path(file) if file else RELEASED / f"classifier-{own}{name}.safetensors"
 
@@ -208,12 +210,14 @@ def reference_features(judge: Judge, pixels: Tensor, folder: Path) -> Features:
     """
     file = folder / f"{judge.name}-{fingerprint(pixels)}.pt"
     if file.is_file():
-        return Features(**torch.load(file, weights_only=True))
+        with suppress(RuntimeError, EOFError, UnpicklingError):             # of a torn file, in whose place a good one comes
+            return Features(**torch.load(file, weights_only=True))
     check_writable(file)
     features = judge(pixels)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.writing")
     torch.save(features._asdict(), temporary)
+    flush(temporary)
     temporary.replace(file)
     return features
 

@@ -5,6 +5,7 @@
 """
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -23,9 +24,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils import distributed
-from utils.checkpoints import read_latest, read_metadata, save_checkpoint, step_folders, write_weights
+from utils.checkpoints import CheckpointError, read_latest, read_metadata, save_checkpoint, step_folders, write_weights
 from utils.comet import start_comet
-from utils.config import check_writable, to_dict, write_json, write_text
+from utils.config import check_writable, short_name, to_dict, write_json, write_text
 from utils.data import Images
 from utils.distributed import Ranks, device_name
 from utils.folders import counted, few
@@ -72,7 +73,7 @@ class Run:
 
     def __init__(self, config: Any, stage: str, ranks: Ranks):
         self.config, self.ranks, self.judge = config, ranks, None
-        self.name = config.name or f"{stage}-{Path(config.data).stem}"
+        self.name = config.name or f"{stage}-{short_name(config.data)}"
         self.folder = Path(config.results_dir) / self.name
         self.checkpoints = self.folder / "checkpoints"
         self.description = {"stage": stage, **to_dict(config)}
@@ -237,7 +238,12 @@ class Run:
             self.comet.log_metrics(numbers, step=step)
         name, value = next(iter(numbers.items()))
         best = self.folder / "best.safetensors"
-        if not best.exists() or value < read_metadata(best)["best"][name]:
+        try:
+            least = read_metadata(best)["best"][name] if best.exists() else math.inf
+        except CheckpointError as error:
+            least, aside = math.inf, best.replace(best.with_name(f"{best.name}.bad"))
+            self.note(f"{error}. Set aside as {aside}")
+        if value < least:
             write_weights(best, weights, {**metadata, "step": step, "weights": "ema", "best": numbers})
 
     def advance(self) -> None:
