@@ -91,8 +91,7 @@ def opened(path: Path | str) -> Iterator[Any]:
     """One safetensors file, to read from, on the CPU.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        PermissionError: it may not be read.
+        FileNotFoundError, PermissionError: there is no such file, or it may not be read.
         CheckpointError: it is torn, or something else.
     """
     if not Path(path).is_file():
