@@ -189,6 +189,20 @@ def test_a_damaged_zip(tmp_path, at, said):
     refused(tmp_path / "photos.zip", said)
 
 
+@pytest.mark.parametrize(("at", "content", "said"), [
+    (6, b"\xff", r"--data .*photos.zip: zip file version 25\.5"),
+    (20, b"\0\0\1\0\0\0\1\0", "cannot read .*photos.zip: cat/1.png: it ends too early"),
+], ids=["version", "sizes"])
+def test_a_zip_with_a_wrong_list(tmp_path, at, content, said):
+    """Of what zipfile raises other errors."""
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        archive.writestr("cat/1.png", bytes(1000))
+    whole = (tmp_path / "photos.zip").read_bytes()
+    at += whole.index(b"PK\1\2")
+    (tmp_path / "photos.zip").write_bytes(whole[:at] + content + whole[at + len(content) :])
+    refused(tmp_path / "photos.zip", said)
+
+
 def test_empty_folder(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     refused(tmp_path, f"--data {re.escape(str(tmp_path))} holds no image.*png.*; it holds 1 .txt")

@@ -62,7 +62,7 @@ def list_images(path: Path, flag: str) -> tuple[list[str], list[str], Callable[[
     if zipfile.is_zipfile(path):
         try:
             archive = zipfile.ZipFile(path)                 # it locks its reads, so threads may share it
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, NotImplementedError) as error:         # the latter: a version that there is not
             raise ValueError(f"{flag} {path}: {error}; zip the images again, or copy the file once more") from error
         # Some programs of Windows write backslashes; a folder may end like an image.
         members = {info.filename.replace("\\", "/"): info for info in archive.infolist() if not info.is_dir()}
@@ -176,8 +176,8 @@ class ImageFolder:
         for row, i in enumerate(indices):
             try:
                 content = self.read(self.names[i])
-            except (OSError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError) as error:       # RuntimeError: encrypted
-                raise ValueError(f"cannot read {self.path}: {self.names[i]}: {error}") from error
+            except (OSError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, RuntimeError) as error:     # the last: encrypted
+                raise ValueError(f"cannot read {self.path}: {self.names[i]}: {str(error) or 'it ends too early'}") from error
             pixels[row], is_gray = decode(f"{self.path}: {self.names[i]}", content, size)
             gray = gray and is_gray
         return pixels, gray
