@@ -1,5 +1,6 @@
 """Networks by path: from one file, a checkpoint folder, a run."""
 
+import errno
 import os
 import re
 import shutil
@@ -7,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from saved import NAMES, killed_while_writing, same, save, training, truncate, weights_of
 from torch import nn
@@ -67,6 +69,16 @@ def test_a_file_that_may_not_be_read_is_not_called_torn(three, monkeypatch):
         with pytest.raises(PermissionError, match="ema.safetensors may not be read"):
             load()
     assert file.exists()
+
+
+def test_nor_is_a_training_state(three, monkeypatch):
+    def load(path, **_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(PermissionError, match=r"denied: .*step_00000003/training\.pt"):
+        read_latest(three, NAMES, pytest.fail)
+    assert (three / "step_00000003").exists()
 
 
 def test_torn_first_file_offers_none(three):

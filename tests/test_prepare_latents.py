@@ -1,5 +1,6 @@
 """Latents: what is written, going on, and refusing to. With a tiny random autoencoder instead of a downloaded one."""
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -83,6 +84,17 @@ def test_missing_and_torn_shards_are_written_again_alike(photo_latents, tmp_path
     (out / "shard_00000.safetensors").unlink()
     prepare(photo_latents, out)
     assert contents(out) == contents(photo_latents / "prepared") and whole.stat().st_mtime_ns == before
+
+
+def test_a_shard_that_may_not_be_read_is_not_written_again(photo_latents, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(photo_latents / "prepared", out)
+    shard, before = out / "shard_00001.safetensors", contents(out)
+    monkeypatch.setattr(os, "access", lambda path, mode, plain=os.access: Path(path) != shard and plain(path, mode))    # root may read any
+    for read in (lambda: load_data(str(out)), lambda: prepare(photo_latents, out)):
+        with pytest.raises(PermissionError, match=f"{shard} may not be read"):
+            read()
+    assert contents(out) == before
 
 
 def test_stopped_in_the_middle(photo_latents, tmp_path, monkeypatch):

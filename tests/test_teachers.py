@@ -22,7 +22,7 @@ def teacher_run(results, name: str, age: int, size: int = 32, step: int = 1, **c
     return file
 
 
-def test_newest_teacher_of_the_same_images_and_size(tmp_path):
+def test_newest_teacher_of_the_same_images_and_size(tmp_path, monkeypatch):
     large = teacher_run(tmp_path, "large", 3, size=64, image_size=64)
     plain = teacher_run(tmp_path, "plain", 2)
     named = teacher_run(tmp_path, "named", 1, data="cifar10")
@@ -37,6 +37,9 @@ def test_newest_teacher_of_the_same_images_and_size(tmp_path):
     plain.write_bytes(b"torn")
     assert find_teacher(None, str(tmp_path), "photos", 32) == plain         # loading it says so
     older = teacher_run(tmp_path, "older", 9)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: path != plain)
+        assert find_teacher(None, str(tmp_path), "photos", 32) == older     # one that may not be read neither
     plain.unlink()
     assert find_teacher(None, str(tmp_path), "photos", 32) == older         # a file that is gone is nothing to load
 

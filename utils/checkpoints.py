@@ -109,7 +109,7 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
     """What one file says of its weights, which are not read.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError, PermissionError: there is no such file, or it may not be read.
         CheckpointError: it is torn, or not one of ours.
     """
     with opened(path) as file:
@@ -123,8 +123,7 @@ def read_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read weights and metadata of one file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        CheckpointError: it is torn, or not one of ours.
+        FileNotFoundError, PermissionError, CheckpointError: see `read_metadata`.
     """
     with opened(path) as file:
         weights = {name: file.get_tensor(name) for name in file.keys()}
@@ -203,14 +202,15 @@ def read_checkpoint(path: Path, names: Sequence[str]) -> tuple[dict[str, dict[st
     """Weights by file name (`names`) and the training state of one checkpoint folder.
 
     Raises:
-        CheckpointError: any of its files is torn, missing or foreign.
+        CheckpointError, PermissionError: any of its files is torn, missing or foreign; or may not be read.
     """
     try:
         weights = {name: read_weights(path / f"{name}.safetensors")[0] for name in names}
+        training = torch.load(path / "training.pt", map_location="cpu", weights_only=True)
+    except (PermissionError, CheckpointError):
+        raise
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is incomplete: {error}") from error
-    try:
-        training = torch.load(path / "training.pt", map_location="cpu", weights_only=True)
     except Exception as error:      # the many ways in which a torn zip file or a foreign pickle fails; none is swallowed
         raise CheckpointError(f"{path / 'training.pt'} is torn or foreign: {error}") from error
     return weights, training

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from utils.checkpoints import fingerprint, flush, write_tensors
+from utils.checkpoints import CheckpointError, fingerprint, flush, opened, write_tensors
 from utils.config import differences, is_vacant, write_json
 from utils.folders import chunked
 
@@ -159,16 +158,17 @@ def read_shard(folder: Path, description: dict[str, Any], number: int) -> tuple[
 
     Raises:
         ShardError: it is missing, torn, or of other latents.
+        PermissionError: it may not be read.
     """
     path = shard_path(folder, number)
-    if not path.is_file():
-        raise ShardError(f"{path} is missing")
     try:
-        with safe_open(path, framework="pt") as file:
+        with opened(path) as file:
             text = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise ShardError(f"{path} is torn: {error}") from error
+    except FileNotFoundError as error:
+        raise ShardError(f"{path} is missing") from error
+    except CheckpointError as error:
+        raise ShardError(str(error)) from error
     if text.get("latents") != identity(description):
         raise ShardError(f"{path} is of other latents than {folder} says")
     rows, views = len(shard_rows(description)[number]), 2 if description["flip"] else 1

@@ -34,7 +34,7 @@ def find_teacher(teacher: str | None, results_dir: str, data: str, image_size: i
         path = folders[-1] / "ema.safetensors"
         try:
             size = read_metadata(path)["architecture"]["image_size"]
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):
             continue                                        # it cannot be of use; an earlier checkpoint must be asked for
         except CheckpointError:
             size = image_size                               # whoever loads it is told
