@@ -20,7 +20,7 @@ from torch import Tensor
 
 from models import build_network
 from utils.autoencoder import without_source
-from utils.checkpoints import load_network, read_weights, resolve_weights, save_model_folder, weights_id, write_weights
+from utils.checkpoints import load_network, resolve_weights, save_model_folder, weights_id, write_weights
 from utils.config import check_file, check_writable, is_vacant, parse_config, place, public, require
 from utils.errors import run_script
 from utils.model_card import model_card
@@ -43,11 +43,11 @@ class Config:
         require(self, "push", self.push is None or len(self.push.split("/")) == 2, "of the form user/name")
 
 
-def mean_of(sources: Sequence[Path]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def mean_of(sources: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The mean, in float32, of the weights of networks alike (a model soup: Wortsman et al., arXiv 2203.05482).
 
     Returns:
-        The weights and the metadata of the first, in which "mean_of" lists the ids of all.
+        The weights and the metadata of the first, in which "mean_of" lists the ids of all, if there are several.
 
     Raises:
         ValueError: one is of another kind, architecture, teacher, autoencoder, classes, data or, of students, guidance than another one.
@@ -68,7 +68,8 @@ def mean_of(sources: Sequence[Path]) -> tuple[dict[str, Tensor], dict[str, Any]]
                 raise ValueError(f"--mean-with {second} has {key} {same(other)[key]}, {first} {value}: their mean means nothing")
     parts = [network.state_dict() for network in networks]
     weights = {name: torch.stack([part[name].float() for part in parts]).mean(0) for name in parts[0]}
-    return weights, metadata[0] | {"mean_of": [weights_id(network) for network in networks]}
+    told = {"mean_of": [weights_id(network) for network in networks]} if len(networks) > 1 else {}
+    return weights, metadata[0] | told
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -78,10 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not vacant and not cfg.replace:
         raise ValueError(f"{target} exists; use --replace True to overwrite it")
     check_writable(target)
+    weights, metadata = mean_of([cfg.source, *cfg.mean_with])
     source = resolve_weights(cfg.source)
-    weights, metadata = mean_of([source, *map(resolve_weights, cfg.mean_with)]) if cfg.mean_with else read_weights(source)
-    if metadata["kind"] not in ("teacher", "student"):
-        raise ValueError(f"{source} is a {metadata['kind']}; teachers and students are released")
     weights = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
     metadata = public(metadata)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -266,13 +266,16 @@ def test_a_release_does_not_tell_where_on_this_machine_things_were(results, tmp_
 
 
 def test_release_of_a_run_whose_last_row_is_torn(results, tmp_path):
-    """As of a full disk; its checkpoints are whole, and the row before says what the card needs."""
+    """As of a full disk; its checkpoints are whole, and the row before says what the card needs. Of weights that are gone it is told."""
     run = tmp_path / "run"
     shutil.copytree(results / "student-digits", run)
     with open(run / "metrics.jsonl", "a") as rows:
         rows.write('{"step": 7, "lo')
     release.main([str(run), str(tmp_path / "hub")])
     assert "Training took" in (tmp_path / "hub/README.md").read_text()
+    resolve_weights(run).unlink()
+    with pytest.raises(ValueError, match="no checkpoint file .*previous one is .*step_00000004$"):
+        release.main([str(run), str(tmp_path / "other")])
 
 
 def test_a_release_that_fails_leaves_nothing(results, tmp_path, monkeypatch):
