@@ -9,7 +9,6 @@
 
 import copy
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +22,7 @@ from torch.fx import GraphModule
 
 from models import build_network
 from utils.checkpoints import load_network
-from utils.config import check_file, check_writable, parse_config, public, require
+from utils.config import check_file, check_writable, parse_config, public, require, written
 from utils.errors import run_script
 from utils.flow import step
 from utils.onnx_graph import check_packages, repeat_step, run_file, store_half, to_onnx
@@ -130,12 +129,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         return dict(noise=inputs["z"], **{name: value for name, value in inputs.items() if name not in ("z", "r", "t")})
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.stem}.writing{target.suffix}")
     information = dict(form=cfg.form, num_steps=None if is_step else cfg.num_steps, classes=metadata["classes"], shape=shape,
                        guidance_scale=cfg.guidance_scale or metadata["config"].get("guidance_scale"),       # with a range: what is usual
                        guidance_range=network.guidance_range if cfg.guidance_input else None,
                        autoencoder=public(metadata).get("autoencoder"), step=metadata["step"])
-    try:
+    with written(target) as temporary:
         if onnx:
             # A sampler's graph is one step repeated by a loop: unrolled, four steps take minutes to translate.
             model = to_onnx(Step(u), of_step(2), output="z_r")
@@ -168,9 +166,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         worst, own = torch.tensor([errors(example(1)), errors(example(3))]).amax(0).tolist()        # not a number stays one
         if not worst <= (allowed := max(TOLERANCE, OWN * own)):
             raise RuntimeError(f"{target} differs from the network by {worst:.1e}, more than {allowed:.0e}: not kept")
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
     if metadata.get("autoencoder"):
         print(f"note: it makes latents; {metadata['autoencoder']['source']} decodes them")
     print(f"{target}: {cfg.form}, {target.stat().st_size / 1e6:.1f} MB; largest difference {worst:.1e}")

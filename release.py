@@ -80,7 +80,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"{target} exists; use --replace True to overwrite it")
     check_writable(target)
     weights, metadata = mean_of([cfg.source, *cfg.mean_with])
-    source = resolve_weights(cfg.source)
     weights = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
     metadata = public(metadata)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -92,6 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if not vacant and not (target / "model.safetensors").is_file():
         raise ValueError(f"{target} is no model folder: not overwritten")
+    source = resolve_weights(cfg.source)
     places = {"ema.safetensors": source.parent.parent.parent, "best.safetensors": source.parent}       # run/checkpoints/step_X/ema...
     run = places.get(source.name, source.with_suffix(""))
     network = build_network(**metadata["architecture"])

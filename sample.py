@@ -22,11 +22,11 @@ from models import build_network
 from utils import distributed
 from utils.autoencoder import load_autoencoder
 from utils.checkpoints import load_network
-from utils.config import check_folder, check_interval, check_writable, first_free, is_vacant, parse_config, require
+from utils.config import check_folder, check_interval, check_writable, first_free, is_vacant, parse_config, require, written
 from utils.data import check_guidance, to_pixels, to_range
 from utils.errors import run_script
 from utils.guidance import guided_velocity
-from utils.pictures import save_gif, save_grid, save_image, written
+from utils.pictures import save_gif, save_grid, save_image
 from utils.sampling import sample_average_velocity, sample_velocity
 from utils.seeding import generator
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from utils.config import written
 from utils.data import to_pixels
-from utils.pictures import log_scale, pyplot, sample_labels, save_curves, save_gif, save_grid, written
+from utils.pictures import log_scale, pyplot, sample_labels, save_curves, save_gif, save_grid
 
 
 @pytest.mark.parametrize(

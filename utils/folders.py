@@ -109,10 +109,6 @@ def left_out(others: list[str]) -> str:
     return few([f"{count} {ending}" for ending, count in endings.most_common()])
 
 
-def counted(number: int, thing: str, plural: str = "s") -> str:
-    return f"{number} {thing}{plural * (number != 1)}"
-
-
 def few(names: Sequence[str], most: int = 5) -> str:
     """The first of some names, as a list in words."""
     return ", ".join([*names[:most], *["..."] * (len(names) > most)])

@@ -1,8 +1,5 @@
 """Grids, GIFs and curves."""
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +10,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
+from utils.config import written
 from utils.data import to_pixels
 from utils.json_lines import read_lines
 
@@ -36,23 +34,6 @@ def grid(x: Tensor, columns: int = 10, tile: int = 48, largest: int | None = Non
     pixels = rearrange(torch.cat([tiles, blank]), "(row column) c h w -> (row h) (column w) c", column=columns)
     pixels = F.pad(pixels, (0, 0, 0, gap, 0, gap), value=255).expand(-1, -1, 3)
     return pixels.repeat_interleave(factor, 0).repeat_interleave(factor, 1)
-
-
-@contextmanager
-def written(path: Path) -> Iterator[Path]:
-    """A name to write to, which becomes `path` at the end: a full disk, say, leaves no half of a file there.
-
-    Raises:
-        OSError: it could not be written.
-    """
-    temporary = path.with_name(f".{path.stem}.writing{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f"could not write {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_image(path: Path, pixels: Tensor) -> None:

@@ -6,7 +6,6 @@
 
 import json
 import math
-import os
 import platform
 import shutil
 import subprocess
@@ -26,10 +25,10 @@ from tqdm import tqdm
 from utils import distributed
 from utils.checkpoints import CheckpointError, read_latest, read_metadata, save_checkpoint, step_folders, write_weights
 from utils.comet import start_comet
-from utils.config import check_writable, short_name, to_dict, write_json, write_text
+from utils.config import check_writable, short_name, to_dict, write_json, write_text, written
 from utils.data import Images
 from utils.distributed import Ranks, device_name
-from utils.folders import counted, few
+from utils.folders import few
 from utils.interrupt import StopRequest
 from utils.json_lines import add_line, read_lines
 from utils.latents import Latents
@@ -148,9 +147,10 @@ class Run:
             self.comet = start_comet(self.config.comet, self.folder, self.name, self.note)
             if self.comet:
                 self.comet.log_parameters(self.description)
-            count, classes = counted(self.description["images"], "image"), self.description["classes"]
-            known = f"of {counted(len(classes), 'class', 'es')} ({few(classes)})" if classes else "without classes"
-            self.note(f"run folder {self.folder}, on {ran_on['device']}, {count} {known}" + f", going on after step {step}" * bool(step))
+            count, classes = self.description["images"], self.description["classes"]
+            known = f"of {len(classes)} class{'es' * (len(classes) != 1)} ({few(classes)})" if classes else "without classes"
+            self.note(f"run folder {self.folder}, on {ran_on['device']}, {count} image{'s' * (count != 1)} {known}"
+                      + f", going on after step {step}" * bool(step))
             if self.left_out:
                 self.note(f"note: --data {self.config.data}: files that Pillow does not read as images were left out: {self.left_out}")
             self.bar = tqdm(total=self.config.steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
@@ -160,9 +160,8 @@ class Run:
         """Copy a student's teacher into the folder: the run goes on whatever becomes of the teacher's own folder."""
         copy = self.folder / "teacher.safetensors"
         if self.ranks.is_main and path != copy:             # one of a start that saved nothing may be there
-            temporary = copy.with_name(f".{copy.name}.writing")
-            shutil.copyfile(path, temporary)
-            os.replace(temporary, copy)
+            with written(copy) as file:
+                shutil.copyfile(path, file)
             done, wanted = metadata.get("step"), metadata["config"].get("steps")
             unfinished = done is not None and wanted is not None and done < wanted
             self.note(f"teacher {path}" + (f"; note: it stopped after {done} of {wanted} updates" if unfinished else ""))
