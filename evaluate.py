@@ -37,6 +37,7 @@ from utils.evaluation import (
     Sample,
     TeacherDistance,
     check_counts,
+    check_inception,
     classifier_judge,
     compare,
     draw,
@@ -217,6 +218,7 @@ def main(argv: Sequence[str] | None = None, config: type[Config] = Config, rows_
     data = originals(data)
     if cfg.held_out:
         check_source(cfg.held_out, "--held-out")
+    check_inception(cfg.inception_weights)
 
     def check(classes: list[str]) -> None:
         if not same_classes(metadata, classes):

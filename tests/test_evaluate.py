@@ -79,10 +79,12 @@ def test_the_residual_is_of_pairs_of_image_and_noise_as_in_training(digits, monk
     assert not torch.equal(eps, noises[0])
 
 
-def test_held_out_images_that_are_not_there_are_told_of_before_others_are_read(digits, monkeypatch):
+def test_what_is_not_there_is_told_of_before_images_are_read(digits, monkeypatch):
     monkeypatch.delattr(evaluate, "load_images")
     with pytest.raises(ValueError, match="--held-out nowhere: no such data set or path"):
         run(digits, "student-digits.safetensors", "--held-out", "nowhere")
+    with pytest.raises(ValueError, match="--inception-weights nowhere.pth: no such file"):
+        run(digits, "student-digits.safetensors", "--features", "inception", "--inception-weights", "nowhere.pth")
 
 
 def test_a_teacher_is_checked_before_work_starts(digits, capsys):

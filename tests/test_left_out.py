@@ -24,9 +24,15 @@ def test_files_that_are_left_out_are_counted(class_folders, tmp_path, in_zip):
     write(class_folders, ".DS_Store", "cat/.hidden.heic", "__MACOSX/._1.heic")
     assert told() == ""
     write(class_folders, "labels.csv", "cat/3.HEIC", "cat/4.heic", "eel/1.heic", "owl/LICENSE")
-    assert told() == "3 .heic, 1 .csv, 1 without ending"
+    assert told() == "3 .heic, 1 .csv, 1 without ending (no image at all in eel)"
     write(class_folders, *(f"{i}.x{i}" for i in range(4)))
-    assert told().startswith("3 .heic, 1 ") and told().count(",") == 5 and told().endswith(", ...")
+    assert told().startswith("3 .heic, 1 ") and told().count(",") == 5 and told().endswith(", ... (no image at all in eel)")
+
+
+def test_what_is_told_can_be_printed(class_folders):
+    """Also of names that are not UTF-8."""
+    write(class_folders, "caf\udce9/1.\udce9")
+    assert open_folder(class_folders, "--data").left_out == r"1 .\udce9 (no image at all in caf\udce9)"
 
 
 def test_a_folder_of_other_files_says_of_which(tmp_path):

@@ -103,10 +103,14 @@ def split_classes(path: Path, names: list[str], flag: str) -> tuple[list[str], l
     return classes, [numbers[p[0]] for p in parts]
 
 
-def left_out(others: list[str]) -> str:
-    """How many files are not read, by their endings, in words; "" if none. others: see `list_images`."""
+def left_out(others: list[str], names: list[str]) -> str:
+    """How many files are not read, by their endings, and which folders hold nothing else, in words; "" if none. Both: see `list_images`."""
     endings = Counter(PurePosixPath(name).suffix.lower() or "without ending" for name in others)
-    return few([f"{count} {ending}" for ending, count in endings.most_common()])
+    with_images = {folder for name in names for folder in PurePosixPath(name).parents}
+    without = sorted({str(folder) for name in others if (folder := PurePosixPath(name).parent) not in with_images})
+    nowhere = f" (no image at all in {few(without)})" if names and without else ""
+    text = few([f"{count} {ending}" for ending, count in endings.most_common()]) + nowhere
+    return text.encode("utf-8", "backslashreplace").decode()                    # names need not be UTF-8, and this will be printed
 
 
 def few(names: Sequence[str], most: int = 5) -> str:
@@ -207,8 +211,8 @@ def open_folder(path: Path, flag: str) -> ImageFolder:
     names, others, read = list_images(path, flag)
     if not names:
         raise ValueError(f"{flag} {path} holds no image that Pillow knows by its ending (.png, .jpg, .webp, ...)"
-                         + (f"; it holds {left_out(others)}" if others else ""))
-    return ImageFolder(path, names, read, *split_classes(path, names, flag), left_out(others))
+                         + (f"; it holds {left_out(others, names)}" if others else ""))
+    return ImageFolder(path, names, read, *split_classes(path, names, flag), left_out(others, names))
 
 
 def load_folder(folder: ImageFolder, image_size: int, num_workers: int) -> Tensor:
