@@ -115,25 +115,24 @@ def classifier_judge(file: str | None, network_class: Callable[..., nn.Module], 
 
 
 def check_inception(weights: str | None) -> None:
-    """Raise ValueError if a file is named that is not there, or is not the one of torch-fidelity: it will be unpickled."""
-    if weights is None:
-        return
-    if not Path(weights).is_file():
+    """Raise ValueError if a file is named that is not there."""
+    if weights is not None and not Path(weights).is_file():
         raise ValueError(f"--inception-weights {weights}: no such file")
-    digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
-    if digest != INCEPTION_SHA256:
-        raise ValueError(f"--inception-weights {weights} has SHA-256 {digest}; {INCEPTION_FILE} has {INCEPTION_SHA256}")
 
 
 def inception_judge(weights: str | None, ranks: Ranks) -> Judge:
     """Inception-v3 as in the field's FID: 2048 pooled features, through torch-fidelity's exact resizing.
 
     Raises:
-        ValueError: a file as of `check_inception`, or no file and weights that cannot be downloaded.
+        ValueError: the weights are not there and cannot be downloaded, or are not torch-fidelity's.
     """
     from torch_fidelity.utils import create_feature_extractor  # slow to import
 
     check_inception(weights)
+    if weights is not None:                                 # it will be unpickled: only the one known file may be
+        digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
+        if digest != INCEPTION_SHA256:
+            raise ValueError(f"--inception-weights {weights} has SHA-256 {digest}; {INCEPTION_FILE} has {INCEPTION_SHA256}")
     try:
         network = create_feature_extractor("inception-v3-compat", ["2048", "logits_unbiased"], cuda=ranks.device.type == "cuda",
                                            feature_extractor_weights_path=weights, verbose=False)
