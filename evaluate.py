@@ -49,7 +49,7 @@ from utils.evaluation import (
     shuffled,
     summary,
 )
-from utils.flow import interpolate, nearest_noise
+from utils.flow import choose_noise, interpolate
 from utils.guidance import guided_velocity
 from utils.latents import originals
 from utils.pictures import save_grid
@@ -299,10 +299,11 @@ def main(argv: Sequence[str] | None = None, config: type[Config] = Config, rows_
     if student:
         x = autoencoder.encode(to_range(real[:32].to(ranks.device)))
         noise = generator(ranks.device, 0, "map")           # paired with images as in training
-        eps = nearest_noise(x, [torch.randn(x.shape, generator=noise, device=ranks.device)
-                                for _ in range(metadata["config"].get("noise_candidates", 1))])
+        y = real_labels[:32].to(ranks.device)
+        eps = choose_noise(x, y, [torch.randn(x.shape, generator=noise, device=ranks.device)
+                                  for _ in range(metadata["config"].get("noise_choices", 1))])
         u = network.at_guidance(next(iter(cfg.guidance_scale), None))
-        residual = residual_map(u, lambda t: interpolate(x, eps, t), real_labels[:32].to(ranks.device))
+        residual = residual_map(u, lambda t: interpolate(x, eps, t), y)
         report.save_residual(out / "residual.png", residual)
     result = {"protocol": protocol, "config": to_dict(cfg), "floor": report.full_names(floor, protocol),
               "rows": [report.full_names(row, protocol) for row in rows]}

@@ -26,7 +26,7 @@ from utils.config import RunConfig, check_interval, check_law, parse_config, req
 from utils.data import Batches, load_data
 from utils.errors import run_script
 from utils.evaluation import QuickEvaluation
-from utils.flow import interpolate, nearest_noise
+from utils.flow import choose_noise, interpolate
 from utils.guidance import GuidedLabels, guided_as_told, guided_velocity, told
 from utils.interrupt import StopRequest
 from utils.losses import Leg, adaptive_weight, student_loss
@@ -39,7 +39,7 @@ from utils.sampling import sample_average_velocity
 from utils.schedules import learning_rate_factor
 from utils.seeding import fold, generator
 from utils.sharding import load_weights, shard, whole
-from utils.teachers import check_teacher, find_teacher, note_other_teacher
+from utils.teachers import check_teacher, find_teacher, noise_choices_of, note_other_teacher
 from utils.times import LAM_LAWS, LAWS, count_whole, draw_between, draw_intervals, draw_lam, draw_times
 
 
@@ -59,7 +59,7 @@ class Config(RunConfig):
     decay_share: float = 0.8                    # last share of the updates, in which the learning rates fall linearly to zero
     max_grad_norm: float = 1.0                  # gradients are clipped to this norm
     ema_decay: float = 0.9995                   # decay of the EMA of the weights, which is what is sampled and released
-    guidance_scale: float = 1.3                 # teacher's guidance scale (1: none); with --guidance-range, the student's default
+    guidance_scale: float = 1.15                # teacher's guidance scale (1: none); with --guidance-range, the student's default
     guidance_interval: tuple[float, float] = (0.0, 1.0)     # times between which the teacher is guided (0: data, 1: noise)
     guidance_range: tuple[float, float] | None = None   # lowest and highest scale, if the student takes it as an input; None: one scale
     boundary_share: float = 0.25                # share of each batch for the boundary condition; the rest is for interval splitting
@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_teacher(path, teacher_metadata, images, cfg.model)
     theirs = teacher_metadata["config"]                     # its flow has mirror images or not, and pairs each image with noise in its way
     flip = theirs.get("flip") if cfg.flip is None else cfg.flip
-    noise_candidates = theirs.get("noise_candidates", 1)
+    noise_choices = noise_choices_of(path, theirs, run.note)
     batches = Batches(images, cfg.global_batch_size, cfg.seed, ranks, flip)
     torch.manual_seed(fold(cfg.seed, "weights"))            # alike on every rank
     student = student_from_teacher(teacher, extra_blocks=cfg.extra_blocks, input_skip=cfg.input_skip, guidance_range=cfg.guidance_range,
@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         optimizer.load_state_dict(training["optimizer"])
         done, seconds = training["step"], training["seconds"]
     metadata = dict(kind="student", architecture=student.architecture, classes=images.classes, autoencoder=images.autoencoder,
-                    teacher=teacher_id, config=to_dict(cfg) | {"flip": flip, "noise_candidates": noise_candidates})
+                    teacher=teacher_id, config=to_dict(cfg) | {"flip": flip, "noise_choices": noise_choices})
     if cfg.compile and device.type == "cuda":
         for network in (teacher, student, *([targets.module] if targets else [])):
             network.compile_blocks()
@@ -203,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             draw = generator(device, cfg.seed, "step", step)
             x, y = batches(step)                            # (B, C, H, W) in [-1, 1] and (B,), this rank's rows
             noises = [ranks.rows(torch.randn(cfg.global_batch_size, *images.shape, generator=draw, device=device))
-                      for _ in range(noise_candidates)]
+                      for _ in range(noise_choices)]
             t_boundary = draw_times(cfg.num_boundary, cfg.t_law, draw)
             r, t = draw_intervals(cfg.num_splitting, cfg.t_law, cfg.r_law, cfg.pinned_share, cfg.pinned_steps, draw,
                                   cfg.num_whole)
@@ -211,7 +211,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             r, t, share = (ranks.rows(times) for times in (torch.cat([t_boundary, r]), torch.cat([t_boundary, t]), share))
             scale = [ranks.rows(draw_between(cfg.global_batch_size, *cfg.guidance_range, draw))] if cfg.guidance_range else []
 
-            loss, boundary, splitting = forward_backward(interpolate(x, nearest_noise(x, noises), t), r, t, share, y, *scale)
+            z_t = interpolate(x, choose_noise(x, y, noises, ranks.gather), t)
+
+            loss, boundary, splitting = forward_backward(z_t, r, t, share, y, *scale)
             ranks.average_gradients(student)
             grad_norm = whole(clip_grad_norm_(student.parameters(), cfg.max_grad_norm))
             lr_factor = learning_rate_factor(step, cfg.steps, cfg.warmup_steps, cfg.decay_share)

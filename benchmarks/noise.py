@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.ablations.noise_patches import by_direction
+from benchmarks.ablations.noise_patches import nearest_noise, noise_towards
 from utils.config import parse_config, require
 from utils.data import load_images, to_range
 from utils.errors import run_script
-from utils.flow import nearest_noise
+from utils.flow import choose_noise
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class Config:
     data: str = "mnist"         # data set: mnist, cifar10, digits, or the path to images
     data_root: str = "data"     # folder of mnist and cifar10
     image_size: int | None = None   # side of images of your own
-    candidates: int = 4         # noises that an image chooses from
+    noise_choices: int = 4      # noises that an image chooses from
     num_images: int = 12_000    # images, or all if there are fewer
     batch_size: int = 256       # images whose means some choices look at
     seed: int = 0               # seed of images and noise
 
     def __post_init__(self) -> None:
-        require(self, "candidates", self.candidates >= 1, "at least 1")
+        require(self, "noise_choices", self.noise_choices >= 1, "at least 1")
         require(self, "num_images", self.num_images >= self.batch_size, "at least --batch-size")
         require(self, "batch_size", self.batch_size >= 2, "at least 2")
 
@@ -42,8 +42,8 @@ Choice = Callable[[Tensor, Tensor, list[Tensor]], Tensor]       # from images, l
 CHOICES: dict[str, Choice] = {
     "any": lambda x, y, noises: noises[0],
     "nearest": lambda x, y, noises: nearest_noise(x, noises),
-    "by direction": lambda x, y, noises: by_direction(x, noises),
-    "by direction from its class's mean": lambda x, y, noises: by_direction(x, noises, y),
+    "by direction, from the mean image": lambda x, y, noises: noise_towards(x, noises),
+    "by direction, from its class's mean image": lambda x, y, noises: choose_noise(x, y, noises),
 }
 
 
@@ -53,7 +53,7 @@ def along(eps: Tensor, direction: Tensor) -> Tensor:
     return (eps.flatten(1) * direction).sum(1) / direction.norm(dim=1).clamp(min=1e-12)
 
 
-def measure(x: Tensor, y: Tensor, candidates: int, batch_size: int, seed: int) -> dict[str, list[float]]:
+def measure(x: Tensor, y: Tensor, noise_choices: int, batch_size: int, seed: int) -> dict[str, list[float]]:
     """By choice: size, lean towards the mean image, lean of a class towards that class, pull towards the own image.
 
     Args:
@@ -67,7 +67,7 @@ def measure(x: Tensor, y: Tensor, candidates: int, batch_size: int, seed: int) -
     found: dict[str, list[Tensor]] = {name: [] for name in CHOICES}
     for rows in torch.arange(len(own)).split(batch_size):
         centre = centres[own[rows]]
-        noises = [torch.randn(centre.shape, generator=draw) for _ in range(candidates)]
+        noises = [torch.randn(centre.shape, generator=draw) for _ in range(noise_choices)]
         for name, choose in CHOICES.items():
             eps = choose(x[rows], y[rows], noises)
             found[name].append(torch.stack([eps.square().flatten(1).mean(1), along(eps, mean.expand_as(eps)), along(eps, centre - mean),
@@ -88,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--batch-size {cfg.batch_size}: must be at most the number of images, {len(few)}")
     x, y = to_range(images.pixels[few]), images.labels[few]
     columns = ["noise", "size", "towards the mean image", "of a class towards the class", "towards its image"]
-    print(f"{images.name}, {len(few)} images, {cfg.candidates} noises each\n\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    for name, numbers in measure(x, y, cfg.candidates, cfg.batch_size, cfg.seed).items():
+    print(f"{images.name}, {len(few)} images, {cfg.noise_choices} noises each\n\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    for name, numbers in measure(x, y, cfg.noise_choices, cfg.batch_size, cfg.seed).items():
         print(f"| {name} | " + " | ".join(f"{number:.3f}" for number in numbers) + " |")
 
 

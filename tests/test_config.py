@@ -135,7 +135,7 @@ BOTH = [
 ]
 TEACHERS = [
     (["--label-dropout", "1.5"], "--label-dropout 1.5: must be in [0, 1)"),
-    (["--noise-candidates", "0"], "--noise-candidates 0: must be at least 1"),
+    (["--noise-choices", "0"], "--noise-choices 0: must be at least 1"),
     (["--augment", "1"], "--augment 1.0: must be in [0, 1)"),
     (["--sample-steps", "0"], "--sample-steps 0: must be at least 1"),
     (["--model", "DiT-M/2"], "DiT-M/2", "DiT-Ti/2"),
@@ -159,7 +159,7 @@ STUDENTS = [
     (["--guidance-interval", "0.8", "0.2"], "0.8 0.2: must be two times, 0 <= low <= high <= 1"),
     (["--guidance-range", "0.5", "2"], "--guidance-range 0.5 2.0: must be two numbers, 1 <= low < high, or None"),
     (["--guidance-range", "2", "2"], "--guidance-range 2.0 2.0: must be two numbers, 1 <= low < high, or None"),
-    (["--guidance-range", "1", "1.2"], "must be in --guidance-range 1 1.2"),
+    (["--guidance-range", "1.3", "1.8"], "must be in --guidance-range 1.3 1.8"),
     (["--first-leg", "both"], "'both'", "'self', 'euler', 'midpoint'"),
     (["--first-leg", "midpoint", "--last-leg", "euler"], "--last-leg euler: must be self where --first-leg is midpoint"),
     (["--r-law", "logit-normal(0, -1)"], "logit-normal(0, -1)", "above 0"),

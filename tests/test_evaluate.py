@@ -16,7 +16,7 @@ from utils import distributed
 from utils.checkpoints import read_weights, write_weights
 from utils.data import load_images
 from utils.evaluation import classifier_judge
-from utils.flow import nearest_noise
+from utils.flow import choose_noise
 from utils.seeding import generator
 
 
@@ -63,7 +63,7 @@ def test_the_residual_is_of_pairs_of_image_and_noise_as_in_training(digits, monk
     pairs = []
 
     def residual_map(u, z_at, y):
-        pairs.append((z_at(torch.zeros(32)), z_at(torch.ones(32))))
+        pairs.append((z_at(torch.zeros(32)), y, z_at(torch.ones(32))))
         return torch.ones(8, 8)
 
     monkeypatch.setattr(evaluate, "residual_map", residual_map)
@@ -71,11 +71,11 @@ def test_the_residual_is_of_pairs_of_image_and_noise_as_in_training(digits, monk
     noise = generator("cpu", 0, "map")
     noises = [torch.randn(32, 1, 8, 8, generator=noise) for _ in range(4)]
     for num_noises in (1, 4):
-        config = {**metadata["config"], "noise_candidates": num_noises}
+        config = {**metadata["config"], "noise_choices": num_noises}
         write_weights(digits / "student-near.safetensors", weights, {**metadata, "config": config})
         run(digits, "student-near.safetensors", "--num-steps", "1")
-        x, eps = pairs[-1]
-        assert torch.equal(eps, nearest_noise(x, noises[:num_noises]))
+        x, y, eps = pairs[-1]
+        assert torch.equal(eps, choose_noise(x, y, noises[:num_noises]))
     assert not torch.equal(eps, noises[0])
 
 

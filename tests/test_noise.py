@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from benchmarks import noise
-from benchmarks.ablations.noise_patches import by_direction
+from benchmarks.ablations.noise_patches import nearest_noise, noise_towards
 from utils.config import parse_config
-from utils.flow import nearest_noise
+from utils.flow import choose_noise
 
 
 def test_noise_chosen_by_its_direction_is_together_what_all_noise_is():
@@ -15,14 +15,13 @@ def test_noise_chosen_by_its_direction_is_together_what_all_noise_is():
     x = 0.3 * torch.randn(20_000, 1, 4, 4, generator=draw) - 0.7
     noises = [torch.randn(x.shape, generator=draw) for _ in range(4)]
     found = []
-    for choose in (nearest_noise, by_direction):
-        eps = choose(x, noises)
+    for choose in (nearest_noise, noise_towards):
+        eps = torch.cat([choose(*part) for part in zip(x.split(1000), zip(*(each.split(1000) for each in noises)))])
         found.append((eps.square().mean().sqrt(), eps.mean(), ((x - x.mean(0)) * eps).mean()))
     (small, lean, near), (size, mean, towards) = found
     assert small < 0.95 and lean < -0.1 and near > 0.01
     assert size == pytest.approx(1, abs=0.005) and mean == pytest.approx(0, abs=0.005)
     assert towards > 2 * near
-    assert by_direction(x, noises[:1]) is noises[0]
 
 
 def test_what_each_choice_is():
@@ -35,21 +34,41 @@ def test_what_each_choice_is():
     assert rows["any"] == pytest.approx([1, 0, 0, 0], abs=0.02)
     size, lean, of_class, pull = rows["nearest"]
     assert size < 0.97 and lean > 0.2 and of_class > 0.1 and pull > 0.2
-    size, lean, of_class, pull = rows["by direction"]
+    size, lean, of_class, pull = rows["by direction, from the mean image"]
     assert [size, lean] == pytest.approx([1, 0], abs=0.02) and of_class > 0.4
-    assert rows["by direction from its class's mean"] == pytest.approx([1, 0, 0, best_of_4], abs=0.03)
-    assert pull < rows["by direction from its class's mean"][3]
+    plain = rows["by direction, from its class's mean image"]
+    assert plain == pytest.approx([1, 0, 0, best_of_4], abs=0.03)
+    assert pull < plain[3]
 
 
 def test_the_only_noise_is_taken_and_an_image_alone_in_its_class_gets_any():
     x, y = torch.randn(3, 1, 4, 4), torch.tensor([0, 1, 1])
     one, other = torch.randn(2, *x.shape)
-    assert by_direction(x, [one]) is one and by_direction(x, [one], y) is one
-    assert by_direction(x, [one, other], y)[0].equal(one[0])
+    assert choose_noise(x, y, [one]) is one
+    assert choose_noise(x, y, [one, other])[0].equal(one[0])
+
+
+def test_a_class_is_seen_from_the_mean_of_all_processes_images():
+    """Two processes have every other row; what either chooses is what one process chooses for these."""
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.randn(64, 1, 4, 4, generator=draw) + 2, torch.arange(64) % 6 // 2
+    noises = [torch.randn(x.shape, generator=draw) for _ in range(4)]
+    whole, alone = choose_noise(x, y, noises), []
+
+    def gather(part):
+        every = x if part.dim() > 1 else y
+        return torch.stack([every[::2], every[1::2]])
+
+    for rank in (0, 1):
+        mine = slice(rank, None, 2)
+        part = x[mine], y[mine], [eps[mine] for eps in noises]
+        assert choose_noise(*part, gather).equal(whole[mine])
+        alone.append(choose_noise(*part).equal(whole[mine]))
+    assert not all(alone)
 
 
 def test_the_table(capsys):
-    noise.main(["--data", "digits", "--num-images", "300", "--batch-size", "100", "--candidates", "2"])
+    noise.main(["--data", "digits", "--num-images", "300", "--batch-size", "100", "--noise-choices", "2"])
     table = capsys.readouterr().out.splitlines()
     assert table[0] == "digits, 300 images, 2 noises each" and len(table) == 4 + len(noise.CHOICES)
     assert all(0.8 < float(row.split("|")[2]) < 1.2 for row in table[4:])

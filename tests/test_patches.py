@@ -17,7 +17,7 @@ from utils.checkpoints import read_metadata, step_folders
 from utils.flow import step
 from utils.losses import anchored_splitting_loss, squared_error
 
-FOUR_NOISES = [*TEACHER, "--noise-candidates", "4"]          # some patches choose another of them
+FOUR_NOISES = [*TEACHER, "--noise-choices", "4"]             # some patches choose another of them
 OF_STUDENTS = {"mixed-leg", "more-to-data", "own-leg-in-two", "pin-chain", "pin-data-end", "soft-guidance", "teacher-features-0.3",
                "teacher-features-1", "three-hops", "two-hops", "warm-start", "whole-below-0.1"}
 TESTED_BELOW = {"heads-of-128", "compile-whole", "two-steps", "shared-states", "mean-guidance", "wider-modulation", "guidance-at-once",

@@ -190,3 +190,42 @@ def test_a_student_sees_mirror_images_if_its_teacher_did(script, tmp_path, monke
         with pytest.raises(InterruptedError):
             script.main([*COMMON, *said, "--teacher", str(file), "--results-dir", str(tmp_path)])
         assert asked.pop() is expected
+
+
+@pytest.mark.parametrize("script", [train_student_mnist, train_student])
+def test_a_student_chooses_among_as_many_noises_as_its_teacher(script, tmp_path, monkeypatch, capsys):
+    """And says so if the teacher's images had the nearest of several, as none have any more."""
+    chosen = []
+
+    def choose_noise(x, y, noises, gather):
+        chosen.append(len(noises))
+        raise InterruptedError
+
+    monkeypatch.setattr(script, "choose_noise", choose_noise)
+    network, file = DiT("DiT-Test/4", 8, 1, 10), tmp_path / "teacher.safetensors"
+    cases = ({"noise_choices": 3}, 3), ({}, 1), ({"noise_candidates": 1}, 1), ({"noise_candidates": 4}, 1)
+    for i, (theirs, expected) in enumerate(cases):
+        write_weights(file, network.state_dict(), dict(kind="teacher", architecture=network.architecture, config=theirs,
+                                                       classes=[str(label) for label in range(10)]))
+        with pytest.raises(InterruptedError):
+            script.main([*COMMON, "--teacher", str(file), "--results-dir", str(tmp_path), "--name", str(i)])
+        assert chosen.pop() == expected
+        note = f"note: the images of teacher {file} had the nearest of 4 noises, as none have any more; those of this student get any noise"
+        assert (note in capsys.readouterr().out) is (theirs == {"noise_candidates": 4})
+
+
+def test_a_run_of_before_noises_were_chosen_by_direction_goes_on_if_it_had_one(tmp_path, monkeypatch):
+    arguments = [*TEACHER, "--noise-choices", "1", "--results-dir", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "asked_to_stop", lambda self, step, stop: step == 3)
+        train_teacher_mnist.main(arguments)
+    file = tmp_path / "teacher-digits/config.json"
+    config = json.loads(file.read_text())
+    del config["noise_choices"]
+    for candidates in (4, 1):
+        file.write_text(json.dumps(config | {"noise_candidates": candidates}))
+        if candidates > 1:
+            with pytest.raises(ValueError, match="another run .*noise_candidates: None, was 4"):
+                train_teacher_mnist.main(arguments)
+    train_teacher_mnist.main(arguments)
+    assert (tmp_path / "teacher-digits/checkpoints/step_00000006").exists()

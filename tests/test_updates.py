@@ -41,9 +41,11 @@ def drawn(cfg, step, num_noises):
     return draw, x, y, [torch.randn(x.shape, generator=draw) for _ in range(num_noises)]
 
 
-def nearest(x, noises):
-    """For each image the nearest of its noises."""
-    return torch.stack([min(own, key=lambda eps: (eps - image).square().sum()) for image, *own in zip(x, *noises)])
+def chosen(x, y, noises):
+    """For each image the noise most towards it, as its class sees it."""
+    means = {label: torch.stack([image for image, its in zip(x, y) if its == label]).mean(0) for label in y.unique().tolist()}
+    return torch.stack([max(own, key=lambda eps: ((image - means[label]) * eps).sum() / eps.norm())
+                        for image, label, *own in zip(x, y.tolist(), *noises)])
 
 
 def check_run(folder, cfg, networks, losses_of_step, num_noises):
@@ -106,7 +108,7 @@ def taught(request, tmp_path):
     torch.manual_seed(0)
     network, file = randomised(DiT("DiT-Test/4", 8, 1, 10)), tmp_path / "taught.safetensors"
     write_weights(file, network.state_dict(), dict(kind="teacher", architecture=network.architecture, autoencoder=None,
-                                                   config={"noise_candidates": getattr(request, "param", 1)},
+                                                   config={"noise_choices": getattr(request, "param", 1)},
                                                    classes=[str(i) for i in range(10)]))
     return network.requires_grad_(False), file
 
@@ -116,7 +118,7 @@ def test_a_teachers_updates(rate, num_noises, taught, shown, tmp_path):
     """From fresh weights, and from another's with augmentation and a choice of noises."""
     flags = ["--start-from", str(taught[1]), "--augment", str(rate)] if rate else []
     train_teacher_mnist.main([*TEACHER, *UPDATES, "--label-dropout", "0.5", "--t-law", "logit-normal(-1, 0.5)", *flags,
-                              "--noise-candidates", str(num_noises), "--results-dir", str(tmp_path)])
+                              "--noise-choices", str(num_noises), "--results-dir", str(tmp_path)])
     cfg = config(tmp_path / "teacher-digits")
     torch.manual_seed(fold(3, "weights"))
     network = DiT("DiT-Test/4", 8, 1, 10, augment_dim=AUGMENT_DIM if rate else 0)
@@ -129,7 +131,7 @@ def test_a_teachers_updates(rate, num_noises, taught, shown, tmp_path):
         moves = draw_augment_labels(16, rate, draw) if rate else None
         x = augment(x, moves) if rate else x
         v = partial(network.velocity, augment_labels=moves)
-        return {"loss": flow_matching_loss(v, x, nearest(x, noises), t, drop_labels(y, 10, 0.5, coin)).mean()}
+        return {"loss": flow_matching_loss(v, x, chosen(x, y, noises), t, drop_labels(y, 10, 0.5, coin)).mean()}
 
     check_run(tmp_path / "teacher-digits", cfg, {"raw": network, "ema": ema}, losses, num_noises)
     check_shown(shown, {f"cfg{w}": partial(sample_velocity, guided_velocity(ema.velocity, 10, w), num_steps=2) for w in (1.0, 2.5, 5.0)},
@@ -164,11 +166,11 @@ def test_a_students_updates(flags, taught, shown, tmp_path):
         share = draw_lam(16, cfg.lam_law, (step - 1) / STEPS, draw)
         labels = GuidedLabels(y, draw_between(16, *cfg.guidance_range, draw)) if cfg.guidance_range else y
         r, t = torch.cat([torch.zeros(4), r]), torch.cat([t_boundary, t])
-        parts = student_loss(u, u_target, v, interpolate(x, nearest(x, noises), t), r, t, share, labels, 4, cfg.first_leg, cfg.last_leg,
+        parts = student_loss(u, u_target, v, interpolate(x, chosen(x, y, noises), t), r, t, share, labels, 4, cfg.first_leg, cfg.last_leg,
                              cfg.edge_weight, num_whole, cfg.one_step_from)
         return {"loss": adaptive_weight(torch.cat(parts), 0.5).mean(), "boundary": parts[0].mean(), "splitting": parts[1].mean()}
 
-    num_noises = load_network(file, build_network)[1]["config"]["noise_candidates"]
+    num_noises = load_network(file, build_network)[1]["config"]["noise_choices"]
     check_run(tmp_path / "student-digits", cfg, networks, losses, num_noises)
-    assert load_network(tmp_path / "student-digits", build_network)[1]["config"]["noise_candidates"] == num_noises
+    assert load_network(tmp_path / "student-digits", build_network)[1]["config"]["noise_choices"] == num_noises
     check_shown(shown, {f"{n}step": partial(sample_average_velocity, networks["ema"], num_steps=n) for n in (1, 2, 4)}, apart=1e-2)

@@ -69,9 +69,10 @@ class Ranks:
         torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients)])
 
     def gather(self, values: Tensor) -> Tensor:
-        """Stack a small vector (K,) of every rank: (world_size, K)."""
+        """Stack a tensor that has the same shape on every rank: (world_size, ...)."""
         if self.world_size == 1:
             return values[None]
+        values = values.contiguous()
         result = [torch.empty_like(values) for _ in range(self.world_size)]
         dist.all_gather(result, values)
         return torch.stack(result)

@@ -4,7 +4,7 @@ t = 0 is data, t = 1 is noise. Sampling runs from t = 1 down to 0. Intervals are
 interval's noise end t, and z_r = z_t - (t - r) u(z_t, r, t, y). Times are float tensors (B,).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,12 +20,25 @@ def interpolate(x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     return torch.lerp(x, eps, pad_like(t, x))
 
 
-def nearest_noise(x: Tensor, noises: Sequence[Tensor]) -> Tensor:
-    """For each image the nearest of its noises, all (B, ...), so that paths from data to noise cross less (Li et al., arXiv 2505.18521)."""
+def choose_noise(x: Tensor, y: Tensor, noises: Sequence[Tensor], gather: Callable[[Tensor], Tensor] = lambda part: part[None]) -> Tensor:
+    """For each image the noise that points most towards it, seen from the mean image of its class in the batch; all (B, ...).
+
+    Paths from data to noise then cross less, as they do with the nearest noise (Li et al., arXiv 2505.18521). But the nearest is smaller
+    than others and leans towards the mean image and its class; these are together, and within each class, what all noise is, and so what
+    samples start from (docs/noise.md).
+
+    Args:
+        y: class of each image (B,), none dropped.
+        noises: to choose from. An only one is taken; an image that is alone in its class gets any.
+        gather: stacks a tensor of every process, (processes, B, ...), if each has rows of the batch.
+    """
     if len(noises) == 1:
         return noises[0]
-    distances = torch.stack([(eps - x).flatten(1).norm(dim=1) for eps in noises])                     # (number of noises, B)
-    return torch.stack(list(noises))[distances.argmin(dim=0), torch.arange(len(x), device=x.device)]
+    images, labels = gather(x).flatten(0, 1).flatten(1), gather(y).flatten()
+    alike = (y[:, None] == labels).to(x.dtype)
+    towards = x.flatten(1) - alike / alike.sum(1, keepdim=True) @ images
+    cosines = torch.stack([(eps.flatten(1) * towards).sum(1) / eps.flatten(1).norm(dim=1) for eps in noises])     # times |towards|
+    return torch.stack(list(noises))[cosines.argmax(dim=0), torch.arange(len(x), device=x.device)]
 
 
 def conditional_velocity(x: Tensor, eps: Tensor) -> Tensor:

@@ -51,6 +51,8 @@ def read_began(folder: Path, description: dict[str, Any]) -> dict[str, Any]:
     began = read_config(file)
     before = {key: value for key, value in ADDED_LATER.items() if key in description}
     before |= {key: value for key, value in began.items() if key not in LEARNED}
+    if before.get("noise_candidates") == 1:                 # a former flag: of more noises an image got the nearest
+        del before["noise_candidates"]
     if not {before.get("data"), description["data"]} & set(NAMES):      # of two paths `check_images` knows whether the images are the same
         before["data"] = description["data"]
     if changed := differences(before, description):

@@ -1,44 +1,28 @@
-"""Patches of which noise an image gets, among those that --noise-candidates draws."""
+"""Patches of which noise an image gets, among those that --noise-choices draws."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from benchmarks.ablations.changes import STUDENTS, TEACHERS, change
-from utils.data import Batches
+from utils.flow import choose_noise, conditional_velocity
 
 
-def by_direction(x: Tensor, noises: Sequence[Tensor], y: Tensor | None = None) -> Tensor:
-    """For each image the noise that points most towards it, seen from the batch's mean image; all (B, ...).
+def nearest_noise(x: Tensor, noises: Sequence[Tensor]) -> Tensor:
+    """For each image the nearest of its noises, all (B, ...): Li et al., arXiv 2505.18521."""
+    distances = torch.stack([conditional_velocity(x, eps).flatten(1).norm(dim=1) for eps in noises])          # (number of noises, B)
+    return torch.stack(list(noises))[distances.argmin(dim=0), torch.arange(len(x), device=x.device)]
 
-    Unlike the nearest noise, the chosen ones are as large as all are, and lean to no side together: what samples start from.
-    With labels y (B,), seen from the mean image of its class: then neither do those of a class.
-    """
-    if len(noises) == 1:
-        return noises[0]
-    images = x.flatten(1)
-    if y is None:
-        towards = images - images.mean(0)
-    else:
-        alike = (y[:, None] == y).to(x.dtype)
-        towards = images - alike / alike.sum(1, keepdim=True) @ images
-    cosines = torch.stack([(eps.flatten(1) * towards).sum(1) / eps.flatten(1).norm(dim=1) for eps in noises])     # times |towards|
-    return torch.stack(list(noises))[cosines.argmax(dim=0), torch.arange(len(x), device=x.device)]
+
+def noise_towards(x: Tensor, noises: Sequence[Tensor], gather: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """As `utils.flow.choose_noise`, but seen from the mean of the whole batch: all noise together is plain, that of a class is not."""
+    return choose_noise(x, x.new_zeros(len(x), dtype=torch.long), noises, *([gather] if gather else []))
+
+
+def noise_nearest() -> None:
+    change([*TEACHERS, *STUDENTS], "choose_noise", lambda x, y, noises, gather: nearest_noise(x, noises))
 
 
 def noise_direction() -> None:
-    change([*TEACHERS, *STUDENTS], "nearest_noise", by_direction)
-
-
-def noise_class_direction() -> None:
-    labels: list[Tensor] = []                               # of the batch of this update, before label dropout
-
-    class Labelled(Batches):
-        def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-            x, y = super().__call__(step)
-            labels[:] = [y]
-            return x, y
-
-    change([*TEACHERS, *STUDENTS], "Batches", Labelled)
-    change([*TEACHERS, *STUDENTS], "nearest_noise", lambda x, noises: by_direction(x, noises, *labels))
+    change([*TEACHERS, *STUDENTS], "choose_noise", lambda x, y, noises, gather: noise_towards(x, noises, gather))
