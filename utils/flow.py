@@ -24,8 +24,8 @@ def choose_noise(x: Tensor, y: Tensor, noises: Sequence[Tensor], gather: Callabl
     """For each image the noise that points most towards it, seen from the mean image of its class in the batch; all (B, ...).
 
     Paths from data to noise then cross less, as they do with the nearest noise (Li et al., arXiv 2505.18521). But the nearest is smaller
-    than others and leans towards the mean image and its class; these are together, and within each class, what all noise is, and so what
-    samples start from (docs/noise.md).
+    than others and leans towards the mean image and its class; these have, together and within each class, the size and mean of the noise
+    that samples start from (docs/noise.md).
 
     Args:
         y: class of each image (B,), none dropped.
