@@ -301,7 +301,7 @@ def main(argv: Sequence[str] | None = None, config: type[Config] = Config, rows_
         noise = generator(ranks.device, 0, "map")           # paired with images as in training
         y = real_labels[:32].to(ranks.device)
         eps = choose_noise(x, y, [torch.randn(x.shape, generator=noise, device=ranks.device)
-                                  for _ in range(metadata["config"].get("noise_choices", 1))])
+                                  for _ in range(metadata["config"].get("num_noises", 1))])
         u = network.at_guidance(next(iter(cfg.guidance_scale), None))
         residual = residual_map(u, lambda t: interpolate(x, eps, t), y)
         report.save_residual(out / "residual.png", residual)

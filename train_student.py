@@ -40,7 +40,7 @@ from utils.sampling import sample_average_velocity
 from utils.schedules import learning_rate_factor
 from utils.seeding import fold, generator
 from utils.sharding import load_weights, shard, whole
-from utils.teachers import check_teacher, find_teacher, noise_choices_of, note_other_teacher
+from utils.teachers import check_teacher, find_teacher, note_other_teacher, num_noises_of
 from utils.times import LAM_LAWS, LAWS, count_whole, draw_between, draw_intervals, draw_lam, draw_times
 
 
@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_teacher(path, teacher_metadata, images, cfg.model)
     theirs = teacher_metadata["config"]                     # its flow has mirror images or not, and pairs each image with noise in its way
     flip = theirs.get("flip") if cfg.flip is None else cfg.flip
-    noise_choices = noise_choices_of(path, theirs, run.note)
+    num_noises = num_noises_of(path, theirs, run.note)
     batches = Batches(images, cfg.global_batch_size, cfg.seed, ranks, flip)
     torch.manual_seed(fold(cfg.seed, "weights"))            # alike on every rank
     student = student_from_teacher(teacher, extra_blocks=cfg.extra_blocks, input_skip=cfg.input_skip, guidance_range=cfg.guidance_range,
@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         optimizer.load_state_dict(training["optimizer"])
         done, seconds = training["step"], training["seconds"]
     metadata = dict(kind="student", architecture=student.architecture, classes=images.classes, autoencoder=images.autoencoder,
-                    teacher=teacher_id, config=to_dict(cfg) | {"flip": flip, "noise_choices": noise_choices})
+                    teacher=teacher_id, config=to_dict(cfg) | {"flip": flip, "num_noises": num_noises})
     if cfg.compile and device.type == "cuda":
         for network in (teacher, student, *([targets.module] if targets else [])):
             network.compile_blocks()
@@ -204,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             draw = generator(device, cfg.seed, "step", step)
             x, y = batches(step)                            # (B, C, H, W) in [-1, 1] and (B,), this rank's rows
             noises = [ranks.rows(torch.randn(cfg.global_batch_size, *images.shape, generator=draw, device=device))
-                      for _ in range(noise_choices)]
+                      for _ in range(num_noises)]
             t_boundary = draw_times(cfg.num_boundary, cfg.t_law, draw)
             r, t = draw_intervals(cfg.num_splitting, cfg.t_law, cfg.r_law, cfg.pinned_share, cfg.pinned_steps, draw,
                                   cfg.num_whole)

@@ -58,7 +58,7 @@ class Config(RunConfig):
     ema_decay: float = 0.9995                   # decay of the EMA of the weights, which is what is sampled and released
     t_law: str = "logit-normal(0, 1)"           # distribution of t: uniform, or logit-normal(loc, scale)
     label_dropout: float = 0.1                  # share of labels replaced by "no class", which makes guidance possible
-    noise_choices: int = 4                      # noises drawn for each image, which gets the one most towards it. Its students draw as many
+    num_noises: int = 4                         # noises drawn for each image, which gets the one most towards it. Its students draw as many
     augment: float = 0.0                        # chance of each: to scale, stretch, rotate, shift an image; the network is told how
     guidance_scale: tuple[float, ...] = (1.0, 2.5, 5.0)     # guidance scales of the sample grids; the GIF shows the middle one
     sample_steps: int = 25                      # Euler steps for the sample grids and --eval-every
@@ -76,7 +76,7 @@ class Config(RunConfig):
             require(self, field, 0 <= getattr(self, field) < math.inf, "at least 0")
         for field in ("label_dropout", "ema_decay", "decay_share", "augment"):
             require(self, field, 0 <= getattr(self, field) < 1, "in [0, 1)")
-        require(self, "noise_choices", self.noise_choices >= 1, "at least 1")
+        require(self, "num_noises", self.num_noises >= 1, "at least 1")
         scales = self.guidance_scale
         require(self, "guidance_scale", len(scales) > 0 and all(map(math.isfinite, scales)), "one or more numbers")
         require(self, "sample_steps", self.sample_steps >= 1, "at least 1")
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             draw = generator(device, cfg.seed, "step", step)
             x, y = batches(step)                            # (B, C, H, W) in [-1, 1] and (B,), this rank's rows
             noises = [ranks.rows(torch.randn(cfg.global_batch_size, *images.shape, generator=draw, device=device))
-                      for _ in range(cfg.noise_choices)]
+                      for _ in range(cfg.num_noises)]
             t = ranks.rows(draw_times(cfg.global_batch_size, cfg.t_law, draw))
             coin = ranks.rows(torch.rand(cfg.global_batch_size, generator=draw, device=device))
             augment_labels = [ranks.rows(draw_augment_labels(cfg.global_batch_size, cfg.augment, draw))] if cfg.augment else []

@@ -26,13 +26,13 @@ class Config:
     data: str = "mnist"         # data set: mnist, cifar10, digits, or the path to images
     data_root: str = "data"     # folder of mnist and cifar10
     image_size: int | None = None   # side of images of your own
-    noise_choices: int = 4      # noises that an image chooses from
+    num_noises: int = 4         # noises that an image chooses from
     num_images: int = 12_000    # images, or all if there are fewer
     batch_size: int = 256       # images whose means some choices look at
     seed: int = 0               # seed of images and noise
 
     def __post_init__(self) -> None:
-        require(self, "noise_choices", self.noise_choices >= 1, "at least 1")
+        require(self, "num_noises", self.num_noises >= 1, "at least 1")
         require(self, "num_images", self.num_images >= self.batch_size, "at least --batch-size")
         require(self, "batch_size", self.batch_size >= 2, "at least 2")
 
@@ -53,7 +53,7 @@ def along(eps: Tensor, direction: Tensor) -> Tensor:
     return (eps.flatten(1) * direction).sum(1) / direction.norm(dim=1).clamp(min=1e-12)
 
 
-def measure(x: Tensor, y: Tensor, noise_choices: int, batch_size: int, seed: int) -> dict[str, list[float]]:
+def measure(x: Tensor, y: Tensor, num_noises: int, batch_size: int, seed: int) -> dict[str, list[float]]:
     """By choice: size, lean towards the mean image, lean of a class towards that class, pull towards the own image.
 
     Args:
@@ -67,7 +67,7 @@ def measure(x: Tensor, y: Tensor, noise_choices: int, batch_size: int, seed: int
     found: dict[str, list[Tensor]] = {name: [] for name in CHOICES}
     for rows in torch.arange(len(own)).split(batch_size):
         centre = centres[own[rows]]
-        noises = [torch.randn(centre.shape, generator=draw) for _ in range(noise_choices)]
+        noises = [torch.randn(centre.shape, generator=draw) for _ in range(num_noises)]
         for name, choose in CHOICES.items():
             eps = choose(x[rows], y[rows], noises)
             found[name].append(torch.stack([eps.square().flatten(1).mean(1), along(eps, mean.expand_as(eps)), along(eps, centre - mean),
@@ -88,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"--batch-size {cfg.batch_size}: must be at most the number of images, {len(few)}")
     x, y = to_range(images.pixels[few]), images.labels[few]
     columns = ["noise", "size", "towards the mean image", "of a class towards the class", "towards its image"]
-    print(f"{images.name}, {len(few)} images, {cfg.noise_choices} noises each\n\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    for name, numbers in measure(x, y, cfg.noise_choices, cfg.batch_size, cfg.seed).items():
+    print(f"{images.name}, {len(few)} images, {cfg.num_noises} noises each\n\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    for name, numbers in measure(x, y, cfg.num_noises, cfg.batch_size, cfg.seed).items():
         print(f"| {name} | " + " | ".join(f"{number:.3f}" for number in numbers) + " |")
 
 

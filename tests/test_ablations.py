@@ -22,7 +22,7 @@ from utils.config import parse_config, to_dict
 SCRIPTS = {"student": (train_student, recipes.STUDENT), "teacher": (train_teacher, recipes.TEACHER)}
 FORMER = {"student": ["--first-leg", "euler", "--lam-law", "anneal(0.3, 0.05, 0.8)", "--pinned-share", "0.15", "--boundary-share", "0.5",
                       "--edge-weight", "0", "--lr", "5e-4", "--muon-lr", "0.01", "--decay-share", "0.4"],      # flags of many sections
-          "teacher": ["--noise-choices", "1"]}
+          "teacher": ["--num-noises", "1"]}
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)

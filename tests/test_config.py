@@ -135,7 +135,7 @@ BOTH = [
 ]
 TEACHERS = [
     (["--label-dropout", "1.5"], "--label-dropout 1.5: must be in [0, 1)"),
-    (["--noise-choices", "0"], "--noise-choices 0: must be at least 1"),
+    (["--num-noises", "0"], "--num-noises 0: must be at least 1"),
     (["--augment", "1"], "--augment 1.0: must be in [0, 1)"),
     (["--sample-steps", "0"], "--sample-steps 0: must be at least 1"),
     (["--model", "DiT-M/2"], "DiT-M/2", "DiT-Ti/2"),

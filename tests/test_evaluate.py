@@ -71,7 +71,7 @@ def test_the_residual_is_of_pairs_of_image_and_noise_as_in_training(digits, monk
     noise = generator("cpu", 0, "map")
     noises = [torch.randn(32, 1, 8, 8, generator=noise) for _ in range(4)]
     for num_noises in (1, 4):
-        config = {**metadata["config"], "noise_choices": num_noises}
+        config = {**metadata["config"], "num_noises": num_noises}
         write_weights(digits / "student-near.safetensors", weights, {**metadata, "config": config})
         run(digits, "student-near.safetensors", "--num-steps", "1")
         x, y, eps = pairs[-1]

@@ -68,7 +68,7 @@ def test_a_class_is_seen_from_the_mean_of_all_processes_images():
 
 
 def test_the_table(capsys):
-    noise.main(["--data", "digits", "--num-images", "300", "--batch-size", "100", "--noise-choices", "2"])
+    noise.main(["--data", "digits", "--num-images", "300", "--batch-size", "100", "--num-noises", "2"])
     table = capsys.readouterr().out.splitlines()
     assert table[0] == "digits, 300 images, 2 noises each" and len(table) == 4 + len(noise.CHOICES)
     assert all(0.8 < float(row.split("|")[2]) < 1.2 for row in table[4:])

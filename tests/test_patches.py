@@ -17,7 +17,6 @@ from utils.checkpoints import read_metadata, step_folders
 from utils.flow import step
 from utils.losses import anchored_splitting_loss, squared_error
 
-FOUR_NOISES = [*TEACHER, "--noise-choices", "4"]             # some patches choose another of them
 OF_STUDENTS = {"mixed-leg", "more-to-data", "own-leg-in-two", "pin-chain", "pin-data-end", "soft-guidance", "teacher-features-0.3",
                "teacher-features-1", "three-hops", "two-hops", "warm-start", "whole-below-0.1"}
 TESTED_BELOW = {"heads-of-128", "compile-whole", "two-steps", "shared-states", "mean-guidance", "wider-modulation", "guidance-at-once",
@@ -28,7 +27,7 @@ TESTED_BELOW = {"heads-of-128", "compile-whole", "two-steps", "shared-states", "
 def plain(tmp_path_factory):
     """Losses of a teacher and a student as they are, and the teacher."""
     folder = tmp_path_factory.mktemp("plain")
-    train_teacher_mnist.main([*FOUR_NOISES, "--results-dir", str(folder), "--name", "teacher"])
+    train_teacher_mnist.main([*TEACHER, "--results-dir", str(folder), "--name", "teacher"])
     train_student_mnist.main([*COMMON, "--results-dir", str(folder), "--name", "student", "--teacher", str(folder / "teacher")])
     return folder
 
@@ -38,7 +37,7 @@ def test_a_patched_script_trains_another_way(name, plain, undo, tmp_path):
     if name in OF_STUDENTS:
         stage, flags = "student", [*COMMON, "--teacher", str(plain / "teacher")]
     else:
-        stage, flags = "teacher", FOUR_NOISES
+        stage, flags = "teacher", TEACHER
     patches.main([name, f"train_{stage}_mnist.py", *flags, "--results-dir", str(tmp_path), "--name", "changed"])
     changed, unchanged = losses(tmp_path / "changed"), losses(plain / stage)
     assert len(changed) == len(unchanged) and all(torch.tensor(changed).isfinite())
@@ -49,7 +48,7 @@ def test_a_run_goes_on_with_its_own_patch_only(plain, undo, tmp_path):
     def weights(folder):
         return step_folders(folder / "checkpoints")[-1] / "ema.safetensors"
 
-    flags = ["train_teacher_mnist.py", *FOUR_NOISES, "--results-dir", str(tmp_path), "--name"]
+    flags = ["train_teacher_mnist.py", *TEACHER, "--results-dir", str(tmp_path), "--name"]
     shutil.copytree(plain / "teacher", tmp_path / "plain")
     patches.main(["silu", *flags, "patched"])
     assert read_metadata(weights(tmp_path / "patched"))["config"]["patch"] == "silu"

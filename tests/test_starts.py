@@ -203,7 +203,7 @@ def test_a_student_chooses_among_as_many_noises_as_its_teacher(script, tmp_path,
 
     monkeypatch.setattr(script, "choose_noise", choose_noise)
     network, file = DiT("DiT-Test/4", 8, 1, 10), tmp_path / "teacher.safetensors"
-    cases = ({"noise_choices": 3}, 3), ({}, 1), ({"noise_candidates": 1}, 1), ({"noise_candidates": 4}, 1)
+    cases = ({"num_noises": 3}, 3), ({}, 1), ({"noise_candidates": 1}, 1), ({"noise_candidates": 4}, 1)
     for i, (theirs, expected) in enumerate(cases):
         write_weights(file, network.state_dict(), dict(kind="teacher", architecture=network.architecture, config=theirs,
                                                        classes=[str(label) for label in range(10)]))
@@ -215,13 +215,13 @@ def test_a_student_chooses_among_as_many_noises_as_its_teacher(script, tmp_path,
 
 
 def test_a_run_of_before_noises_were_chosen_by_direction_goes_on_if_it_had_one(tmp_path, monkeypatch):
-    arguments = [*TEACHER, "--noise-choices", "1", "--results-dir", str(tmp_path)]
+    arguments = [*TEACHER, "--num-noises", "1", "--results-dir", str(tmp_path)]
     with monkeypatch.context() as patch:
         patch.setattr(Run, "asked_to_stop", lambda self, step, stop: step == 3)
         train_teacher_mnist.main(arguments)
     file = tmp_path / "teacher-digits/config.json"
     config = json.loads(file.read_text())
-    del config["noise_choices"]
+    del config["num_noises"]
     for candidates in (4, 1):
         file.write_text(json.dumps(config | {"noise_candidates": candidates}))
         if candidates > 1:

@@ -108,7 +108,7 @@ def taught(request, tmp_path):
     torch.manual_seed(0)
     network, file = randomised(DiT("DiT-Test/4", 8, 1, 10)), tmp_path / "taught.safetensors"
     write_weights(file, network.state_dict(), dict(kind="teacher", architecture=network.architecture, autoencoder=None,
-                                                   config={"noise_choices": getattr(request, "param", 1)},
+                                                   config={"num_noises": getattr(request, "param", 1)},
                                                    classes=[str(i) for i in range(10)]))
     return network.requires_grad_(False), file
 
@@ -118,7 +118,7 @@ def test_a_teachers_updates(rate, num_noises, taught, shown, tmp_path):
     """From fresh weights, and from another's with augmentation and a choice of noises."""
     flags = ["--start-from", str(taught[1]), "--augment", str(rate)] if rate else []
     train_teacher_mnist.main([*TEACHER, *UPDATES, "--label-dropout", "0.5", "--t-law", "logit-normal(-1, 0.5)", *flags,
-                              "--noise-choices", str(num_noises), "--results-dir", str(tmp_path)])
+                              "--num-noises", str(num_noises), "--results-dir", str(tmp_path)])
     cfg = config(tmp_path / "teacher-digits")
     torch.manual_seed(fold(3, "weights"))
     network = DiT("DiT-Test/4", 8, 1, 10, augment_dim=AUGMENT_DIM if rate else 0)
@@ -170,7 +170,7 @@ def test_a_students_updates(flags, taught, shown, tmp_path):
                              cfg.edge_weight, num_whole, cfg.one_step_from)
         return {"loss": adaptive_weight(torch.cat(parts), 0.5).mean(), "boundary": parts[0].mean(), "splitting": parts[1].mean()}
 
-    num_noises = load_network(file, build_network)[1]["config"]["noise_choices"]
+    num_noises = load_network(file, build_network)[1]["config"]["num_noises"]
     check_run(tmp_path / "student-digits", cfg, networks, losses, num_noises)
-    assert load_network(tmp_path / "student-digits", build_network)[1]["config"]["noise_choices"] == num_noises
+    assert load_network(tmp_path / "student-digits", build_network)[1]["config"]["num_noises"] == num_noises
     check_shown(shown, {f"{n}step": partial(sample_average_velocity, networks["ema"], num_steps=n) for n in (1, 2, 4)}, apart=1e-2)

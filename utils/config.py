@@ -73,7 +73,7 @@ PATHS = ("data", "teacher", "start_from")
 
 # What a run did before there was such a field.
 ADDED_LATER = {"augment": 0.0, "edge_weight": 0.0, "guidance_range": None, "extra_blocks": 0, "input_skip": False, "flip": None,
-               "one_step_from": 0, "noise_choices": 1}
+               "one_step_from": 0, "num_noises": 1}
 
 ConfigT = TypeVar("ConfigT")
 

@@ -84,12 +84,12 @@ def check_teacher(path: Path, metadata: dict, images: Images | Latents, model: s
                          f"{images.autoencoder} (None: pixels, or imported without import_teacher.py --data)")
 
 
-def noise_choices_of(path: Path, config: dict[str, Any], note: Callable[[str], None]) -> int:
+def num_noises_of(path: Path, config: dict[str, Any], note: Callable[[str], None]) -> int:
     """How many noises a student's image chooses from (`utils.flow.choose_noise`): as many as its teacher's; config: the teacher's."""
     if config.get("noise_candidates", 1) > 1:
         note(f"note: the images of teacher {path} had the nearest of {config['noise_candidates']} noises, as none have any more; "
              "those of this student get any noise (docs/noise.md)")
-    return config.get("noise_choices", 1)
+    return config.get("num_noises", 1)
 
 
 def note_other_teacher(start: str, metadata: dict[str, Any], teacher_id: str, note: Callable[[str], None]) -> None:

@@ -1,4 +1,4 @@
-"""Patches of which noise an image gets, among those that --noise-choices draws."""
+"""Patches of which noise an image gets, among those that --num-noises draws."""
 
 from collections.abc import Callable, Sequence
 
