@@ -58,7 +58,7 @@ class Config(RunConfig):
     ema_decay: float = 0.9995                   # decay of the EMA of the weights, which is what is sampled and released
     t_law: str = "logit-normal(0, 1)"           # distribution of t: uniform, or logit-normal(loc, scale)
     label_dropout: float = 0.1                  # share of labels replaced by "no class", which makes guidance possible
-    num_noises: int = 4                         # noises drawn for each image, which gets the one most towards it. Its students draw as many
+    num_noises: int = 4                         # noises of which an image gets the one most towards it; 1: any. Its students draw as many
     augment: float = 0.0                        # chance of each: to scale, stretch, rotate, shift an image; the network is told how
     guidance_scale: tuple[float, ...] = (1.0, 2.5, 5.0)     # guidance scales of the sample grids; the GIF shows the middle one
     sample_steps: int = 25                      # Euler steps for the sample grids and --eval-every

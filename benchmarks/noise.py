@@ -4,8 +4,9 @@
 
 Samples start from plain noise, so what is chosen should be plain too, and for a network that is told a class also within that class. One
 row for each choice, all in standard deviations of plain noise: its size (root mean square); how far it leans towards the mean image
-(1 unit along a unit vector), and that of a class towards what this class has more of than others (mean over classes); and how far
-towards its own image, seen from its class's mean. The last makes paths straight; size 1 and no lean are right. On the CPU.
+(1 unit along a unit vector), and that of a class towards what this class has more of than others (mean over classes); its spread along
+the direction in which its class varies most; and how far it leans towards its own image, seen from its class's mean. The last makes paths
+straight; size 1, no lean and spread 1 are right. On the CPU.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,7 +55,8 @@ def along(eps: Tensor, direction: Tensor) -> Tensor:
 
 
 def measure(x: Tensor, y: Tensor, num_noises: int, batch_size: int, seed: int) -> dict[str, list[float]]:
-    """By choice: size, lean towards the mean image, lean of a class towards that class, pull towards the own image.
+    """By choice: size, lean towards the mean image, lean of a class towards that class, spread along the main direction of a class, pull
+    towards the own image.
 
     Args:
         x: images (N, ...); an incomplete last batch is left out. y: their labels (N,).
@@ -63,6 +65,7 @@ def measure(x: Tensor, y: Tensor, num_noises: int, batch_size: int, seed: int) -
     mean = x.mean(0)
     classes, own = y.unique(return_inverse=True)
     centres = torch.stack([x[y == label].mean(0) for label in classes])
+    main = torch.stack([torch.pca_lowrank(x[y == label].flatten(1), q=1, niter=8)[2][:, 0] for label in classes])
     own = own[: len(x) // batch_size * batch_size]
     found: dict[str, list[Tensor]] = {name: [] for name in CHOICES}
     for rows in torch.arange(len(own)).split(batch_size):
@@ -71,12 +74,13 @@ def measure(x: Tensor, y: Tensor, num_noises: int, batch_size: int, seed: int) -
         for name, choose in CHOICES.items():
             eps = choose(x[rows], y[rows], noises)
             found[name].append(torch.stack([eps.square().flatten(1).mean(1), along(eps, mean.expand_as(eps)), along(eps, centre - mean),
-                                            along(eps, x[rows] - centre)], dim=1))
+                                            along(eps, main[own[rows]]).square(), along(eps, x[rows] - centre)], dim=1))
     numbers = {}
     for name, batches in found.items():
-        square, lean, of_class, pull = torch.cat(batches).double().unbind(1)
+        square, lean, of_class, spread, pull = torch.cat(batches).double().unbind(1)
         of_classes = torch.stack([of_class[own == index].mean() for index in own.unique()])
-        numbers[name] = [square.mean().sqrt().item(), lean.mean().item(), of_classes.mean().item(), pull.mean().item()]
+        numbers[name] = [square.mean().sqrt().item(), lean.mean().item(), of_classes.mean().item(), spread.mean().sqrt().item(),
+                         pull.mean().item()]
     return numbers
 
 
@@ -87,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(few) < cfg.batch_size:
         raise ValueError(f"--batch-size {cfg.batch_size}: must be at most the number of images, {len(few)}")
     x, y = to_range(images.pixels[few]), images.labels[few]
-    columns = ["noise", "size", "towards the mean image", "of a class towards the class", "towards its image"]
+    columns = ["noise", "size", "towards the mean image", "of a class towards the class", "spread along the class", "towards its image"]
     print(f"{images.name}, {len(few)} images, {cfg.num_noises} noises each\n\n| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for name, numbers in measure(x, y, cfg.num_noises, cfg.batch_size, cfg.seed).items():
         print(f"| {name} | " + " | ".join(f"{number:.3f}" for number in numbers) + " |")

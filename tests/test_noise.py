@@ -1,5 +1,7 @@
 """Which noise an image gets: what the chosen noise is, together and within a class."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -31,14 +33,17 @@ def test_what_each_choice_is():
     x = 0.3 * torch.randn(len(y), 1, 4, 4, generator=draw) + torch.where(y == 7, -0.4, -1.0)[:, None, None, None]
     rows = noise.measure(x, y, 4, 250, seed=1)
     best_of_4 = 1.03                                                            # mean of the largest of 4 normal numbers
-    assert rows["any"] == pytest.approx([1, 0, 0, 0], abs=0.02)
-    size, lean, of_class, pull = rows["nearest"]
+    assert rows["any"] == pytest.approx([1, 0, 0, 1, 0], abs=0.02)
+    size, lean, of_class, _, pull = rows["nearest"]
     assert size < 0.97 and lean > 0.2 and of_class > 0.1 and pull > 0.2
-    size, lean, of_class, pull = rows["by direction, from the mean image"]
+    size, lean, of_class, _, pull = rows["by direction, from the mean image"]
     assert [size, lean] == pytest.approx([1, 0], abs=0.02) and of_class > 0.4
     plain = rows["by direction, from its class's mean image"]
-    assert plain == pytest.approx([1, 0, 0, best_of_4], abs=0.03)
-    assert pull < plain[3]
+    assert plain == pytest.approx([1, 0, 0, 1, best_of_4], abs=0.03)         # what a class has of every direction alike
+    assert pull < plain[-1]
+    x[:, 0, 0, 0] *= 10                                                         # but not of one
+    spread = noise.measure(x, y, 4, 250, seed=1)["by direction, from its class's mean image"][3]
+    assert spread > 1.1
 
 
 def test_the_only_noise_is_taken_and_an_image_alone_in_its_class_gets_any():
@@ -46,6 +51,9 @@ def test_the_only_noise_is_taken_and_an_image_alone_in_its_class_gets_any():
     one, other = torch.randn(2, *x.shape)
     assert choose_noise(x, y, [one]) is one
     assert choose_noise(x, y, [one, other])[0].equal(one[0])
+    grey = torch.full((25, 3, 32, 32), 2 * 250 / 255 - 1)   # copies of one image differ from their mean by rounding alone
+    one, other = torch.randn(2, *grey.shape)
+    assert choose_noise(grey, y.new_zeros(25), [one, other]).equal(one)
 
 
 def test_a_class_is_seen_from_the_mean_of_all_processes_images():
@@ -55,14 +63,15 @@ def test_a_class_is_seen_from_the_mean_of_all_processes_images():
     noises = [torch.randn(x.shape, generator=draw) for _ in range(4)]
     whole, alone = choose_noise(x, y, noises), []
 
-    def gather(part):
-        every = x if part.dim() > 1 else y
+    def gather(part, labels=y):
+        every = x if part.dim() > 1 else labels
         return torch.stack([every[::2], every[1::2]])
 
     for rank in (0, 1):
         mine = slice(rank, None, 2)
         part = x[mine], y[mine], [eps[mine] for eps in noises]
         assert choose_noise(*part, gather).equal(whole[mine])
+        assert noise_towards(x[mine], part[2], partial(gather, labels=torch.zeros_like(y))).equal(noise_towards(x, noises)[mine])
         alone.append(choose_noise(*part).equal(whole[mine]))
     assert not all(alone)
 

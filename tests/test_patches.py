@@ -60,6 +60,12 @@ def test_a_run_goes_on_with_its_own_patch_only(plain, undo, tmp_path):
     assert read_metadata(weights(tmp_path / "patched"))["step"] == 6
 
 
+@pytest.mark.parametrize("name", ["noise-nearest", "noise-direction"])
+def test_a_choice_of_noise_needs_several(name, undo, tmp_path):
+    with pytest.raises(ValueError, match="the patch chooses among noises, but there is 1; --num-noises of the teacher must be at least 2"):
+        patches.main([name, "train_teacher_mnist.py", *TEACHER, "--num-noises", "1", "--results-dir", str(tmp_path)])
+
+
 def test_heads(undo):
     patches.PATCHES["heads-of-128"]()
     small, none = DiT("DiT-S/8", 32, 3, 10), DiT("DiT-Ti/8", 32, 3, 10)

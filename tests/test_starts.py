@@ -210,22 +210,37 @@ def test_a_student_chooses_among_as_many_noises_as_its_teacher(script, tmp_path,
         with pytest.raises(InterruptedError):
             script.main([*COMMON, "--teacher", str(file), "--results-dir", str(tmp_path), "--name", str(i)])
         assert chosen.pop() == expected
-        note = f"note: the images of teacher {file} had the nearest of 4 noises, as none have any more; those of this student get any noise"
+        note = f"note: the images of teacher {file} had the nearest of 4 noises, which no flag makes any more; those of this student get"
         assert (note in capsys.readouterr().out) is (theirs == {"noise_candidates": 4})
+
+
+def stop_at_3(patch, script, arguments):
+    patch.setattr(Run, "asked_to_stop", lambda self, step, stop: step == 3)
+    script.main(arguments)
+    patch.undo()
 
 
 def test_a_run_of_before_noises_were_chosen_by_direction_goes_on_if_it_had_one(tmp_path, monkeypatch):
     arguments = [*TEACHER, "--num-noises", "1", "--results-dir", str(tmp_path)]
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "asked_to_stop", lambda self, step, stop: step == 3)
-        train_teacher_mnist.main(arguments)
+    stop_at_3(monkeypatch, train_teacher_mnist, arguments)
     file = tmp_path / "teacher-digits/config.json"
     config = json.loads(file.read_text())
     del config["num_noises"]
-    for candidates in (4, 1):
-        file.write_text(json.dumps(config | {"noise_candidates": candidates}))
-        if candidates > 1:
-            with pytest.raises(ValueError, match="another run .*noise_candidates: None, was 4"):
-                train_teacher_mnist.main(arguments)
+    file.write_text(json.dumps(config | {"noise_candidates": 4}))
+    with pytest.raises(ValueError, match="teacher-digits began with the nearest of 4 noises for each image, which no flag makes any more"):
+        train_teacher_mnist.main(arguments)
+    file.write_text(json.dumps(config | {"noise_candidates": 1}))
     train_teacher_mnist.main(arguments)
     assert (tmp_path / "teacher-digits/checkpoints/step_00000006").exists()
+
+
+def test_a_student_that_began_with_the_nearest_noise_does_not_go_on_with_other_noise(tmp_path, results, monkeypatch):
+    """Its flags do not say so; its checkpoints do."""
+    arguments = [*COMMON, "--teacher", str(results / "teacher-digits"), "--results-dir", str(tmp_path)]
+    stop_at_3(monkeypatch, train_student_mnist, arguments)
+    file = tmp_path / "student-digits/checkpoints/step_00000003/ema.safetensors"
+    weights, metadata = read_weights(file)
+    write_weights(file, weights, metadata | {"config": metadata["config"] | {"noise_candidates": 4}})
+    with pytest.raises(ValueError, match="student-digits began with the nearest of 4 noises for each image, which no flag makes any more"):
+        train_student_mnist.main(arguments)
+    assert file.exists() and not list(file.parent.parent.glob("*.bad"))

@@ -37,8 +37,13 @@ def choose_noise(x: Tensor, y: Tensor, noises: Sequence[Tensor], gather: Callabl
     images, labels = gather(x).flatten(0, 1).flatten(1), gather(y).flatten()
     alike = (y[:, None] == labels).to(x.dtype)
     towards = x.flatten(1) - alike / alike.sum(1, keepdim=True) @ images
-    cosines = torch.stack([(eps.flatten(1) * towards).sum(1) / eps.flatten(1).norm(dim=1) for eps in noises])     # times |towards|
-    return torch.stack(list(noises))[cosines.argmax(dim=0), torch.arange(len(x), device=x.device)]
+    towards *= towards.norm(dim=1, keepdim=True) > 2e-3 * x.flatten(1).norm(dim=1, keepdim=True)     # less is rounding, as of TF32
+    chosen, most = noises[0], torch.full_like(towards[:, 0], -torch.inf)
+    for eps in noises:
+        cosine = (eps.flatten(1) * towards).sum(1) / eps.flatten(1).norm(dim=1)                     # times |towards|
+        chosen = torch.where(pad_like(cosine > most, eps), eps, chosen)
+        most = most.maximum(cosine)
+    return chosen
 
 
 def conditional_velocity(x: Tensor, eps: Tensor) -> Tensor:

@@ -31,6 +31,13 @@ def check_files(config: Any, checkpoints: Path) -> None:
         find_classifier(config.classifier, config.data, config.image_size)
 
 
+def check_noise(folder: Path, config: dict[str, Any]) -> None:
+    """Raise ValueError if a run's images had the nearest of several noises, by a former flag. config: of it or its checkpoint."""
+    if (candidates := config.get("noise_candidates", 1)) > 1:
+        raise ValueError(f"{folder} began with the nearest of {candidates} noises for each image, which no flag makes any more; "
+                         f"{OTHER_NAME}")
+
+
 def read_began(folder: Path, description: dict[str, Any]) -> dict[str, Any]:
     """What config.json says of the run that began in a folder; nothing if none did.
 
@@ -51,8 +58,8 @@ def read_began(folder: Path, description: dict[str, Any]) -> dict[str, Any]:
     began = read_config(file)
     before = {key: value for key, value in ADDED_LATER.items() if key in description}
     before |= {key: value for key, value in began.items() if key not in LEARNED}
-    if before.get("noise_candidates") == 1:                 # a former flag: of more noises an image got the nearest
-        del before["noise_candidates"]
+    check_noise(folder, before)
+    before.pop("noise_candidates", None)
     if not {before.get("data"), description["data"]} & set(NAMES):      # of two paths `check_images` knows whether the images are the same
         before["data"] = description["data"]
     if changed := differences(before, description):

@@ -34,7 +34,7 @@ from utils.json_lines import add_line, read_lines
 from utils.latents import Latents
 from utils.locks import if_left_behind, lock_if_possible
 from utils.pictures import save_curves, save_gif, save_grid
-from utils.run_folder import check_files, check_images, check_judge, read_began
+from utils.run_folder import check_files, check_images, check_judge, check_noise, read_began
 from utils.sharding import whole_weights
 
 SECONDS_BETWEEN_CURVES = 30
@@ -107,11 +107,13 @@ class Run:
 
         Raises:
             CheckpointError: none is good.
-            ValueError: the ranks would not go on from the same place, or it learnt from another teacher.
+            ValueError: the ranks would not go on from the same place, or it learnt from another teacher, or from the nearest noise.
         """
         found = read_latest(self.checkpoints, names, self.note)
         if found:                                           # in the newest folder: bad ones are set aside
-            its_own = read_metadata(step_folders(self.checkpoints)[-1] / "ema.safetensors").get("teacher", teacher_id)
+            metadata = read_metadata(step_folders(self.checkpoints)[-1] / "ema.safetensors")
+            check_noise(self.folder, metadata["config"])
+            its_own = metadata.get("teacher", teacher_id)
             if its_own != teacher_id:
                 raise ValueError(f"{self.folder} learns from teacher {its_own}, and its own copy of it is gone; found was {teacher_id}. "
                                  f"Put the former back as {self.folder / 'teacher.safetensors'}")

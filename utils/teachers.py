@@ -87,7 +87,7 @@ def check_teacher(path: Path, metadata: dict, images: Images | Latents, model: s
 def num_noises_of(path: Path, config: dict[str, Any], note: Callable[[str], None]) -> int:
     """How many noises a student's image chooses from (`utils.flow.choose_noise`): as many as its teacher's; config: the teacher's."""
     if config.get("noise_candidates", 1) > 1:
-        note(f"note: the images of teacher {path} had the nearest of {config['noise_candidates']} noises, as none have any more; "
+        note(f"note: the images of teacher {path} had the nearest of {config['noise_candidates']} noises, which no flag makes any more; "
              "those of this student get any noise (docs/noise.md)")
     return config.get("num_noises", 1)
 

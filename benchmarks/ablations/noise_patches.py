@@ -16,13 +16,15 @@ def nearest_noise(x: Tensor, noises: Sequence[Tensor]) -> Tensor:
 
 
 def noise_towards(x: Tensor, noises: Sequence[Tensor], gather: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """As `utils.flow.choose_noise`, but seen from the mean of the whole batch: all noise together is plain, that of a class is not."""
+    """As `utils.flow.choose_noise`, but seen from the mean of the whole batch, so that the noise of a class leans towards the class."""
     return choose_noise(x, x.new_zeros(len(x), dtype=torch.long), noises, *([gather] if gather else []))
 
 
-def noise_nearest() -> None:
-    change([*TEACHERS, *STUDENTS], "choose_noise", lambda x, y, noises, gather: nearest_noise(x, noises))
+def choose(by: Callable[[Tensor, Sequence[Tensor], Callable[[Tensor], Tensor]], Tensor]) -> None:
+    """Let teachers and students choose otherwise; where there is no choice, a run raises ValueError."""
+    def choose_noise(x: Tensor, y: Tensor, noises: Sequence[Tensor], gather: Callable[[Tensor], Tensor]) -> Tensor:
+        if len(noises) == 1:
+            raise ValueError("the patch chooses among noises, but there is 1; --num-noises of the teacher must be at least 2")
+        return by(x, noises, gather)
 
-
-def noise_direction() -> None:
-    change([*TEACHERS, *STUDENTS], "choose_noise", lambda x, y, noises, gather: noise_towards(x, noises, gather))
+    change([*TEACHERS, *STUDENTS], "choose_noise", choose_noise)

@@ -174,7 +174,7 @@ VARIANTS = [
     teacher("teacher-long-skips", "", "later blocks see earlier ones", patch="long-skips", cost="own"),
     teacher("teacher-shift", "", "MLPs see the patches around", patch="shift", cost="own"),
     teacher("teacher-any-noise", "--num-noises;1", "one noise for each image", cost="own"),
-    teacher("teacher-nearest-of-4", "", "the nearest of four noises", patch="noise-nearest", cost="own"),
+    teacher("teacher-nearest-of-4", "--num-noises;4", "the nearest of four noises", patch="noise-nearest", cost="own"),
     teacher("teacher-silu", "", "SiLU for squared ReLU", patch="silu", cost="own"),
     teacher("teacher-gelu", "", "GELU for squared ReLU", patch="gelu", cost="own"),
     teacher("teacher-parallel", "", "attention and MLP side by side", patch="parallel", cost="own"),
