@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.ablations.noise_patches import nearest_noise, noise_towards
+from benchmarks.ablations.noise_patches import nearest_noise, noise_towards, trade_noise
 from utils.config import parse_config, require
 from utils.data import load_images, to_range
 from utils.errors import run_script
@@ -45,6 +45,7 @@ CHOICES: dict[str, Choice] = {
     "nearest": lambda x, y, noises: nearest_noise(x, noises),
     "by direction, from the mean image": lambda x, y, noises: noise_towards(x, noises),
     "by direction, from its class's mean image": lambda x, y, noises: choose_noise(x, y, noises),
+    "any, then 64 rounds of trades in its class": lambda x, y, noises: trade_noise(x, y, noises[0], 64),
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import noise
-from benchmarks.ablations.noise_patches import nearest_noise, noise_towards
+from benchmarks.ablations.noise_patches import nearest_noise, noise_towards, trade_noise
 from utils.config import parse_config
 from utils.flow import choose_noise
 
@@ -40,6 +40,8 @@ def test_what_each_choice_is():
     assert [size, lean] == pytest.approx([1, 0], abs=0.02) and of_class > 0.4
     plain = rows["by direction, from its class's mean image"]
     assert plain == pytest.approx([1, 0, 0, 1, best_of_4], abs=0.03)         # what a class has of every direction alike
+    traded = rows["any, then 64 rounds of trades in its class"]
+    assert traded[:4] == pytest.approx([1, 0, 0, 1], abs=0.02) and traded[-1] > 1.5
     assert pull < plain[-1]
     x[:, 0, 0, 0] *= 10                                                         # but not of one
     spread = noise.measure(x, y, 4, 250, seed=1)["by direction, from its class's mean image"][3]
@@ -74,6 +76,22 @@ def test_a_class_is_seen_from_the_mean_of_all_processes_images():
         assert noise_towards(x[mine], part[2], partial(gather, labels=torch.zeros_like(y))).equal(noise_towards(x, noises)[mine])
         alone.append(choose_noise(*part).equal(whole[mine]))
     assert not all(alone)
+
+
+@pytest.mark.parametrize("size", [7, 8])
+def test_images_of_a_class_trade_noises_until_no_two_gain(size):
+    draw = torch.Generator().manual_seed(0)
+    y = torch.arange(3 * size + 1) % 3 * 5
+    y[-1] = 1                                               # alone in its class
+    x, eps = torch.randn(2, len(y), 1, 3, 3, generator=draw)
+    every = trade_noise(x, y, eps, 20 * size)
+    assert trade_noise(x, y, eps, 0).equal(eps) and every[-1].equal(eps[-1])
+    for label in (0, 5, 10):
+        own, before, after = (each[y == label].flatten(1) for each in (x, eps, every))
+        assert sorted(before.tolist()) == sorted(after.tolist())                # none is lost or given twice
+        gain = own @ after.T
+        assert (gain.diag()[:, None] + gain.diag() >= gain + gain.T - 1e-5).all()
+        assert (own * after).sum() > (own * before).sum() + size
 
 
 def test_the_table(capsys):

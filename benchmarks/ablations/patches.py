@@ -34,6 +34,8 @@ PATCHES: dict[str, Callable[[], None]] = {
     "long-skips": network_patches.long_skips,
     "noise-nearest": lambda: noise_patches.choose(lambda x, noises, gather: noise_patches.nearest_noise(x, noises)),
     "noise-direction": lambda: noise_patches.choose(noise_patches.noise_towards),
+    "noise-trade": lambda: noise_patches.noise_trade(64),
+    "noise-trade-16": lambda: noise_patches.noise_trade(16),
     "ema-short": lambda: network_patches.ema_ramp(24),
     "ema-long": lambda: network_patches.ema_ramp(4),
     "mixed-leg": student_patches.mixed_leg,
