@@ -42,9 +42,9 @@ Choice = Callable[[Tensor, Tensor, list[Tensor]], Tensor]       # from images, l
 
 CHOICES: dict[str, Choice] = {
     "any": lambda x, y, noises: noises[0],
-    "nearest": lambda x, y, noises: nearest_noise(x, noises),
-    "by direction, from the mean image": lambda x, y, noises: noise_towards(x, noises),
-    "by direction, from its class's mean image": lambda x, y, noises: choose_noise(x, y, noises),
+    "nearest": nearest_noise,
+    "by direction, from the mean image": noise_towards,
+    "by direction, from its class's mean image": choose_noise,
     "any, then 64 rounds of trades in its class": lambda x, y, noises: trade_noise(x, y, noises[0], 64),
 }
 
@@ -53,6 +53,11 @@ def along(eps: Tensor, direction: Tensor) -> Tensor:
     """Components of noise along directions, both (B, ...): (B,)."""
     direction = direction.flatten(1)
     return (eps.flatten(1) * direction).sum(1) / direction.norm(dim=1).clamp(min=1e-12)
+
+
+def main_direction(images: Tensor) -> Tensor:
+    """Unit vector (D,) along which images (N, D) vary most."""
+    return torch.pca_lowrank(images, q=min(6, *images.shape), niter=8)[2][:, 0]      # q of 1 would not converge
 
 
 def measure(x: Tensor, y: Tensor, num_noises: int, batch_size: int, seed: int) -> dict[str, list[float]]:
@@ -65,8 +70,11 @@ def measure(x: Tensor, y: Tensor, num_noises: int, batch_size: int, seed: int) -
     draw = torch.Generator().manual_seed(seed)
     mean = x.mean(0)
     classes, own = y.unique(return_inverse=True)
-    centres = torch.stack([x[y == label].mean(0) for label in classes])
-    main = torch.stack([torch.pca_lowrank(x[y == label].flatten(1), q=1, niter=8)[2][:, 0] for label in classes])
+    by_class = [x[y == label] for label in classes]
+    centres = torch.stack([images.mean(0) for images in by_class])
+    with torch.random.fork_rng(devices=[]):                 # pca_lowrank draws from the global generator
+        torch.manual_seed(seed)
+        main = torch.stack([main_direction(images.flatten(1)) for images in by_class])
     own = own[: len(x) // batch_size * batch_size]
     found: dict[str, list[Tensor]] = {name: [] for name in CHOICES}
     for rows in torch.arange(len(own)).split(batch_size):

@@ -8,6 +8,7 @@ import torch
 from benchmarks import noise
 from benchmarks.ablations.noise_patches import nearest_noise, noise_towards, trade_noise
 from utils.config import parse_config
+from utils.data import load_images, to_range
 from utils.flow import choose_noise
 
 
@@ -18,7 +19,8 @@ def test_noise_chosen_by_its_direction_is_together_what_all_noise_is():
     noises = [torch.randn(x.shape, generator=draw) for _ in range(4)]
     found = []
     for choose in (nearest_noise, noise_towards):
-        eps = torch.cat([choose(*part) for part in zip(x.split(1000), zip(*(each.split(1000) for each in noises)))])
+        parts = zip(x.split(1000), zip(*(each.split(1000) for each in noises)))
+        eps = torch.cat([choose(images, torch.zeros(1000), own) for images, own in parts])
         found.append((eps.square().mean().sqrt(), eps.mean(), ((x - x.mean(0)) * eps).mean()))
     (small, lean, near), (size, mean, towards) = found
     assert small < 0.95 and lean < -0.1 and near > 0.01
@@ -48,6 +50,15 @@ def test_what_each_choice_is():
     assert spread > 1.1
 
 
+def test_the_main_direction_of_a_class():
+    images = load_images("digits")
+    for label in range(10):
+        own = to_range(images.pixels[images.labels == label]).flatten(1)
+        direction = torch.linalg.svd(own - own.mean(0), full_matrices=False)[2][0]
+        assert abs(noise.main_direction(own) @ direction) > 0.999
+    assert noise.main_direction(own[:1]).shape == own[0].shape                  # a class of one image
+
+
 def test_the_only_noise_is_taken_and_an_image_alone_in_its_class_gets_any():
     x, y = torch.randn(3, 1, 4, 4), torch.tensor([0, 1, 1])
     one, other = torch.randn(2, *x.shape)
@@ -73,7 +84,7 @@ def test_a_class_is_seen_from_the_mean_of_all_processes_images():
         mine = slice(rank, None, 2)
         part = x[mine], y[mine], [eps[mine] for eps in noises]
         assert choose_noise(*part, gather).equal(whole[mine])
-        assert noise_towards(x[mine], part[2], partial(gather, labels=torch.zeros_like(y))).equal(noise_towards(x, noises)[mine])
+        assert noise_towards(*part, partial(gather, labels=torch.zeros_like(y))).equal(noise_towards(x, y, noises)[mine])
         alone.append(choose_noise(*part).equal(whole[mine]))
     assert not all(alone)
 

@@ -23,11 +23,15 @@ from utils.evaluation import Judge
 from utils.run_log import Run
 
 
+def stop_at_3(monkeypatch, script, arguments):
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "asked_to_stop", lambda self, step, stop: step == 3)
+        script.main(arguments)
+
+
 def test_one_process_trains_a_run(results, tmp_path, monkeypatch):
     arguments = [*TEACHER, "--results-dir", str(tmp_path)]
-    monkeypatch.setattr(Run, "asked_to_stop", lambda self, step, stop: step == 3)
-    train_teacher_mnist.main(arguments)
-    monkeypatch.undo()
+    stop_at_3(monkeypatch, train_teacher_mnist, arguments)
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.json*")}
     with FileLock(tmp_path / "teacher-digits/.lock"), pytest.raises(ValueError, match="another process is training this run"):
         train_teacher_mnist.main(arguments)
@@ -121,9 +125,7 @@ def test_student_goes_on_without_its_teachers_folder(tmp_path, results, monkeypa
     """The run keeps a copy of its teacher, so a newer or vanished teacher run does not matter."""
     train_teacher_mnist.main([*TEACHER, "--results-dir", str(tmp_path), "--name", "t"])
     arguments = [*COMMON, "--results-dir", str(tmp_path)]
-    monkeypatch.setattr(Run, "asked_to_stop", lambda self, step, stop: step == 3)
-    train_student_mnist.main(arguments)
-    monkeypatch.undo()
+    stop_at_3(monkeypatch, train_student_mnist, arguments)
     (tmp_path / "t").rename(tmp_path.parent / f"{tmp_path.name}-moved")
     train_teacher_mnist.main([*TEACHER, "--results-dir", str(tmp_path), "--name", "newer", "--seed", "1"])
     train_student_mnist.main(arguments)
@@ -139,9 +141,7 @@ def unnamed(file: Path, target: Path) -> None:
 def test_a_student_that_names_no_teacher_goes_on_as_one_that_does(results, tmp_path, monkeypatch, capsys):
     """From its last checkpoint with the teacher that is found, though its own copy is gone, and as the start of another run."""
     arguments = [*COMMON, "--teacher", str(results / "teacher-digits"), "--results-dir", str(tmp_path)]
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "asked_to_stop", lambda self, step, stop: step == 3)
-        train_student_mnist.main(arguments)
+    stop_at_3(monkeypatch, train_student_mnist, arguments)
     run = tmp_path / "student-digits"
     for name in ("ema", "raw"):
         file = run / f"checkpoints/step_00000003/{name}.safetensors"
@@ -212,12 +212,6 @@ def test_a_student_chooses_among_as_many_noises_as_its_teacher(script, tmp_path,
         assert chosen.pop() == expected
         note = f"note: the images of teacher {file} had the nearest of 4 noises, which no flag makes any more; those of this student get"
         assert (note in capsys.readouterr().out) is (theirs == {"noise_candidates": 4})
-
-
-def stop_at_3(patch, script, arguments):
-    patch.setattr(Run, "asked_to_stop", lambda self, step, stop: step == 3)
-    script.main(arguments)
-    patch.undo()
 
 
 def test_a_run_of_before_noises_were_chosen_by_direction_goes_on_if_it_had_one(tmp_path, monkeypatch):

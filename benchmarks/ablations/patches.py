@@ -32,7 +32,7 @@ PATCHES: dict[str, Callable[[], None]] = {
     "depth-1.5": lambda: network_patches.depth(1.5),
     "parallel": lambda: change([dit], "Block", network_patches.ParallelBlock),
     "long-skips": network_patches.long_skips,
-    "noise-nearest": lambda: noise_patches.choose(lambda x, noises, gather: noise_patches.nearest_noise(x, noises)),
+    "noise-nearest": lambda: noise_patches.choose(noise_patches.nearest_noise),
     "noise-direction": lambda: noise_patches.choose(noise_patches.noise_towards),
     "noise-trade": lambda: noise_patches.noise_trade(64),
     "noise-trade-16": lambda: noise_patches.noise_trade(16),
